@@ -1,0 +1,133 @@
+"""The contract of every kernel word: schema, meaning, fake. Read this file first.
+
+Conventions
+-----------
+* A *ragged list* `A` holds stacks `(k_i, m_i, n_i)` of one float dtype on one device, any strides. Its matrices are numbered
+  through in order: N = sum k_i. Callers pass the orientation with n_i <= m_i (`A` or `A.mT`); the words work for any shape.
+* The accumulation dtype `acc` is float64 for float64 matrices and float32 for every other dtype.
+* *Flat* tensors hold one block per matrix, one after the other, without padding: a flat `(b, n_j)` of acc is a 1-D tensor of
+  b * sum n_j numbers. Blocks are stored transposed: row c of matrix j's `(b, n_j)` is column c of V_j.
+* Small dense results (S, T, info, stats) are float64, one slice per matrix.
+* One read = one pass over the bytes of a matrix.
+* Words promise the same bits run to run, for any number of threads, alone or inside any list (native backends).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "spectral_kernels"
+
+# Columns of `info` (N, INFO_COLUMNS), float64, one row per matrix. Quantities marked * are of scale * A.
+INFO = {
+    "sigma": 0,  # best lower estimate of the spectral norm of A (unscaled); NaN or inf for such input
+    "theta": 1,  # * largest eigenvalue of the projected matrix T, a lower bound of sigma_max^2
+    "rho": 2,  # relative residual ||A'A z - theta z|| / theta of the leading Ritz vector z
+    "error": 3,  # estimated relative error of sigma: 0.5 rho^2 / (gap + rho)
+    "reads": 4,  # passes over the matrix, a repeated first read included
+    "done": 5,  # 1: finished (converged, exhausted, zero or not finite)
+    "nan": 6,  # 1: a NaN entry
+    "inf": 7,  # 1: an infinite entry
+    "frob2": 8,  # * squared Frobenius norm
+    "amax": 9,  # largest |entry| of A (unscaled)
+    "scale": 10,  # the power of two at which the matrix was read
+    "trace": 11,  # * trace of T
+    "columns": 12,  # basis columns in use (rows of Q, order of T)
+}
+INFO_COLUMNS = 13
+STATS = {"frob2": 0, "amax": 1, "nan": 2, "inf": 3}  # columns of `stats` (N, 4), float64
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def counts(A: Sequence[Tensor]) -> int:
+    """N: the number of matrices of a ragged list."""
+    return sum(a.shape[0] for a in A)
+
+
+def sides(A: Sequence[Tensor], dim: int) -> list[int]:
+    """Size along `dim` of every matrix, one entry per matrix of the ragged list."""
+    return [a.shape[dim] for a in A for _ in range(a.shape[0])]
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+# ------------------------------------------------------------------------------------------------------------------------
+# gram_matvec: one read of every matrix.
+#   V      flat (b, n_j) acc     scale (N,) acc, powers of two: every product is of scale_j * A_j
+#   skip   (N,) bool or None: matrices not to be read; their outputs are 0
+#   -> W   flat (b, n_j) acc     W = A' (A V)
+#      S   (N, b, b) float64     S = Y' Y with Y = A V
+#      stats (N, 4) float64      ||scale A||_F^2, max |A| (unscaled, NaN ignored), NaN flag, inf flag; zeros unless with_stats
+#      Y   flat (b, m_j) acc     empty unless with_y
+# A matrix with a non-finite entry has its flags right, everything else of it unspecified, and its neighbours untouched.
+_library.define(
+    "gram_matvec(Tensor[] A, Tensor V, Tensor scale, Tensor? skip, int b, bool with_stats, bool with_y)"
+    " -> (Tensor W, Tensor S, Tensor stats, Tensor Y)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gram_matvec")
+def _gram_matvec_fake(A, V, scale, skip, b, with_stats, with_y):
+    N = counts(A)
+    rows = sum(a.shape[0] * a.shape[1] for a in A) * b if with_y else 0
+    small = dict(dtype=torch.float64)
+    return V.new_empty(V.shape), V.new_empty((N, b, b), **small), V.new_empty((N, 4), **small), V.new_empty((rows,))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# rayleigh_ritz_: the small algebra of one block Krylov step, all matrices at once, after gram_matvec has read block V.
+#   n      size of the tracked side of every matrix
+#   Q      flat (cap + b, n_j) acc: rows [0, K) are the orthonormal basis, K = `columns` + b, the last b of them the block V
+#          just read. On return rows [K, K + b) hold the next block.
+#   V      flat (b, n_j) acc: on return the next block (a copy of those rows of Q; zero rows where the space is exhausted)
+#   T      (N, cap + b, cap + b) float64, symmetric: Q' A'A Q. The word writes S into the diagonal block [K-b, K), and the
+#          coupling R of W = Q Q' W + V_next R into rows [K, K + b), columns [K-b, K), and its transpose.
+#   info   (N, INFO_COLUMNS) float64, updated; matrices with done = 1 are left alone
+#   W, S   as gram_matvec returned them; scale (N,) acc as given to it
+#   columns  basis columns before this block: 0, b, 2b, ...
+#   tol    stop when 10 * error <= tol at `min_reads` reads or more; 0: never stop early
+#   rank   the error estimate covers the `rank` leading Ritz values (1: sigma_max)
+# W is orthogonalized against rows [0, K) of Q twice, then within itself; a column whose remainder is below 8 eps(acc) * theta
+# is deflated: a zero row of Q, zero in R.
+_library.define(
+    "rayleigh_ritz_(int[] n, Tensor(a!) Q, Tensor(b!) V, Tensor(c!) T, Tensor(d!) info, Tensor W, Tensor S, Tensor scale,"
+    " int b, int columns, int rank, float tol, int min_reads) -> ()"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rayleigh_ritz_")
+def _rayleigh_ritz_fake(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, min_reads):
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# block_krylov: the whole estimator. Default: a loop over the two words above (ops/krylov.py); a backend may replace it.
+#   V0     flat (b, n_j) acc orthonormal rows to start from, or None: drawn from (seed, shape)
+#   b      block width     steps  most reads     cap  most basis columns (a multiple of b), then a thick restart
+#   tol    as above; 0: exactly `steps` reads (fewer where the space is exhausted)
+#   vectors  0: none; 1: the leading right singular vector, flat (n_j); b: the b leading Ritz vectors, flat (b, n_j)
+#   with_t   also return T (N, steps*b + b, steps*b + b), for certificates; then no restart may happen (steps * b <= cap)
+#   -> info (N, INFO_COLUMNS) float64, X flat acc, T float64 (empty unless with_t)
+_library.define(
+    "block_krylov(Tensor[] A, Tensor? V0, int b, int steps, int cap, int rank, float tol, int min_reads, int seed,"
+    " int vectors, bool with_t) -> (Tensor info, Tensor X, Tensor T)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::block_krylov")
+def _block_krylov_fake(A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors, with_t):
+    N = counts(A)
+    like = A[0]
+    order = (N, steps * b + b, steps * b + b) if with_t else (0,)
+    total = sum(a.shape[0] * a.shape[2] for a in A)
+    return (
+        like.new_empty((N, INFO_COLUMNS), dtype=torch.float64),
+        like.new_empty((total * vectors,), dtype=acc_dtype(like.dtype)),
+        like.new_empty(order, dtype=torch.float64),
+    )
