@@ -1,0 +1,80 @@
+"""The native CPU backend: loads the library built from csrc/ and fills the vocabulary with its ops."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import contracts  # noqa: F401  the schemas must stand before the library adds kernels to them
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BLOCK_LIMIT = 64
+
+
+@lru_cache(maxsize=1)
+def load() -> str | None:
+    """Load the native library once. None, or the reason why it is not there."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = sorted(glob.glob(os.path.join(folder, "_C_cpu*.so")))
+    if not found:
+        return "the native library is not built (reinstall with SPECTRAL_KERNELS_NATIVE=1 to see why)"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    return None
+
+
+def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | None:
+    if device_type != "cpu":
+        return f"serves CPU tensors, not {device_type}"
+    if dtype not in FLOATS:
+        return f"serves fp32, fp64, bf16 and fp16, not {dtype}"
+    if not 1 <= b <= BLOCK_LIMIT:
+        return f"serves blocks of 1 to {BLOCK_LIMIT} columns, not {b}"
+    return load()
+
+
+def gram_matvec(
+    A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.spectral_kernels.gram_matvec(A, V, scale, skip, b, with_stats, with_y)
+
+
+def rayleigh_ritz_(
+    n: Sequence[int],
+    Q: Tensor,
+    V: Tensor,
+    T: Tensor,
+    info: Tensor,
+    W: Tensor,
+    S: Tensor,
+    scale: Tensor,
+    b: int,
+    columns: int,
+    rank: int,
+    tol: float,
+    min_reads: int,
+) -> None:
+    torch.ops.spectral_kernels.rayleigh_ritz_(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, min_reads)
+
+
+def block_krylov(
+    A: Sequence[Tensor],
+    V0: Tensor | None,
+    b: int,
+    steps: int,
+    cap: int,
+    rank: int,
+    tol: float,
+    min_reads: int,
+    seed: int,
+    vectors: int,
+    with_t: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.spectral_kernels.block_krylov(A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors, with_t)

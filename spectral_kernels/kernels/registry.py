@@ -1,0 +1,145 @@
+"""Which kernel serves which word. A backend is a table that fills the vocabulary; a kernel declines in words.
+
+`words(device_type, dtype, b)` resolves the vocabulary once for a call: the first backend, in the order of the device, whose
+`supports` returns None. `force` and SPECTRAL_KERNELS_BACKEND insist on one backend and raise its own reason where it declines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from . import composites, reference
+
+WORDS = ("gram_matvec", "rayleigh_ritz_", "block_krylov")
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT = "SPECTRAL_KERNELS_BACKEND"
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("spectral_kernels_backend", default=None)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was insisted on and cannot serve; the message holds its own reason."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of one word."""
+
+    word: str
+    backend: str
+    fn: Callable[..., Any] | None
+    supports: Callable[[str, str, torch.dtype, int], str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a word is served: the backend chosen, and why the ones before it in the order were not."""
+
+    word: str
+    backend: str
+    fn: Callable[..., Any]
+    declined: tuple[tuple[str, str], ...] = field(default=())
+
+
+@lru_cache(maxsize=1)
+def table() -> dict[str, dict[str, Kernel]]:
+    """word -> backend -> Kernel, for every backend that knows the word."""
+    rows: dict[str, dict[str, Kernel]] = {word: {} for word in WORDS}
+    modules = {
+        "cpu": importlib.import_module(".cpu", __package__),
+        "triton": importlib.import_module(".triton", __package__),
+        "reference": reference,
+    }
+    for backend, module in modules.items():
+        for word in WORDS:
+            fn = getattr(module, word, None)
+            if fn is not None:
+                rows[word][backend] = Kernel(word, backend, fn, module.supports)
+    return rows
+
+
+def forced() -> str | None:
+    """The backend insisted on, if any."""
+    name = _forced.get() or os.environ.get(ENVIRONMENT) or None
+    if name is not None:
+        _check_backend(name)
+    return name
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def force(backend: str) -> Iterator[None]:
+    """Insist on one backend inside the block: `with force("reference"): ...`. Raises where it cannot serve."""
+    _check_backend(backend)
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(word: str, device_type: str, dtype: torch.dtype, b: int) -> Choice:
+    return _choose(word, device_type, dtype, b, forced())
+
+
+@lru_cache(maxsize=1024)
+def _choose(word: str, device_type: str, dtype: torch.dtype, b: int, insist: str | None) -> Choice:
+    order = (insist,) if insist else ORDER.get(device_type, ("reference",))
+    rows = table()[word]
+    declined: list[tuple[str, str]] = []
+    for backend in order:
+        kernel = rows.get(backend)
+        if kernel is None or kernel.fn is None:
+            reason: str | None = f"has no {word} kernel"
+        else:
+            reason = kernel.supports(word, device_type, dtype, b)
+        if reason is None:
+            assert kernel is not None and kernel.fn is not None
+            return Choice(word, backend, kernel.fn, tuple(declined))
+        declined.append((backend, reason))
+    if word == "block_krylov":  # a composite: its default runs over whatever serves the other words
+        words = Words(device_type, dtype, b, insist)
+        backend = words.choice("gram_matvec").backend
+        return Choice(word, backend, partial(composites.block_krylov, words), tuple(declined))
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
+    raise BackendUnavailable(f"no backend serves {word} for {dtype} on {device_type}: {reasons}")
+
+
+class Words:
+    """The vocabulary for one device type, dtype and block width: `words.gram_matvec(...)`."""
+
+    def __init__(self, device_type: str, dtype: torch.dtype, b: int, insist: str | None = None) -> None:
+        self._args = (device_type, dtype, b, insist)
+
+    def choice(self, word: str) -> Choice:
+        return _choose(word, *self._args)
+
+    def __getattr__(self, word: str) -> Callable[..., Any]:
+        if word not in WORDS:
+            raise AttributeError(word)
+        fn = self.choice(word).fn
+        setattr(self, word, fn)
+        return fn
+
+
+@lru_cache(maxsize=1024)
+def _words(device_type: str, dtype: torch.dtype, b: int, insist: str | None) -> Words:
+    return Words(device_type, dtype, b, insist)
+
+
+def words(device_type: str, dtype: torch.dtype, b: int) -> Words:
+    return _words(device_type, dtype, b, forced())

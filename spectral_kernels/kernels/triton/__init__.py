@@ -1,0 +1,2 @@
+def supports(word, device_type, dtype, b):
+    return "not written yet"

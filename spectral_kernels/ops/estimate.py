@@ -1,0 +1,92 @@
+"""The estimator behind every public function: orient, start, run block Krylov, finish what did not converge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import composites, random, registry
+from ..kernels.contracts import INFO, acc_dtype
+from ..kernels.reference import orthonormalize
+
+BLOCK = 4  # columns; chosen by docs/accuracy.md: 1 is dishonest, 8 costs more bytes per read than it saves reads
+MOST_READS = 64
+BASIS_COLUMNS = 128  # scratch: 132 n + a few n numbers per matrix
+MIN_READS = 3  # the error estimate of fewer reads is not to be trusted (docs/accuracy.md)
+
+
+class Estimate(NamedTuple):
+    """What a run of the estimator knows; rows in the order of the ragged list's matrices."""
+
+    info: Tensor  # (N, INFO_COLUMNS) float64, see kernels/contracts.py
+    X: Tensor  # flat (vectors, short_j) acc: leading Ritz vectors on the shorter side
+    T: Tensor  # (N, K+b, K+b) float64 of scale * A, or empty
+
+
+def oriented(A: Tensor) -> Tensor:
+    """(k, m, n) with the tracked side last: n <= m."""
+    return A if A.shape[2] <= A.shape[1] else A.mT
+
+
+def warm_blocks(V0: Sequence[Tensor], stacks: Sequence[Tensor], seed: int) -> Tensor:
+    """Flat orthonormal start: the given rows (k, b, n), the last quarter (at least one) replaced by fresh random ones.
+
+    Fresh rows keep a start from being orthogonal to a new leading direction. They are keyed by (seed, shape): vary the seed
+    from call to call to draw others.
+    """
+    parts = []
+    for v, a in zip(V0, stacks, strict=True):
+        k, b, n = v.shape
+        fresh = min(n, max(1, b // 4))
+        draw = random.normals(random.key(seed, a.shape[1], a.shape[2], 1), fresh * n, v.device).view(1, fresh, n)
+        block = torch.cat((draw.expand(k, fresh, n), v[:, : b - fresh].double()), 1)  # fresh first: never deflated
+        x, _ = orthonormalize(block, block[:, :0], torch.full((k,), 1e-6, dtype=torch.float64, device=v.device))
+        parts.append(x.to(v.dtype).reshape(-1))
+    return torch.cat(parts)
+
+
+def estimate(
+    stacks: Sequence[Tensor],
+    *,
+    tol: float = 1e-3,
+    steps: int | None = None,
+    b: int = BLOCK,
+    rank: int = 1,
+    seed: int = 0,
+    V0: Sequence[Tensor] | None = None,
+    vectors: int = 0,
+    with_t: bool = False,
+    min_reads: int | None = None,
+) -> Estimate:
+    """Run block Krylov over a ragged list of stacks (k, m, n), one dtype and device.
+
+    steps: exactly so many reads (no host synchronization); otherwise as many as `tol` needs, at most MOST_READS.
+    V0: one (k, b, min(m, n)) block per stack to start from. vectors: leading right singular vectors to return, on the shorter
+    side. with_t: return the projected matrices.
+    """
+    A = [oriented(a) for a in stacks]
+    first = A[0]
+    words = registry.words(first.device.type, first.dtype, b)
+    start = None if V0 is None else warm_blocks(V0, A, seed)
+    reads = MOST_READS if steps is None else steps
+    cap = max(BASIS_COLUMNS // b, 4) * b
+    if with_t:
+        cap = max(cap, reads * b)
+    if min_reads is None:
+        min_reads = MIN_READS if V0 is None else 1
+    info, X, T = words.block_krylov(
+        A, start, b, reads, cap, rank, 0.0 if steps is not None else tol, min_reads, seed, vectors, with_t
+    )
+    return Estimate(info, X, T)
+
+
+def sigma(result: Estimate, dtype: torch.dtype) -> Tensor:
+    """(N,) estimates in the dtype in which norms of `dtype` come back."""
+    return result.info[:, INFO["sigma"]].to(acc_dtype(dtype))
+
+
+def start_blocks(stacks: Sequence[Tensor], b: int, seed: int) -> Tensor:
+    return composites.start_blocks([oriented(a) for a in stacks], b, seed)

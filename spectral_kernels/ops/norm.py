@@ -1,0 +1,175 @@
+"""`spectral_norm`: sigma_max of tensors, stacks and ragged lists, differentiable, to a stated accuracy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import registry
+from ..kernels.contracts import INFO, acc_dtype
+from . import arguments, dense, power, triplet
+from .arguments import Ragged, ragged
+from .estimate import BLOCK, MOST_READS, Estimate, estimate, sigma
+
+METHODS = ("krylov", "power", "gram", "svd")
+DENSE_FINISH = 1024  # shorter sides up to this finish by a dense method where the reads did not suffice
+
+
+class AccuracyWarning(UserWarning):
+    """The read budget ended before the tolerance was proved; the message names the bracket."""
+
+
+def spectral_norm(
+    A: Tensor | Sequence[Tensor],
+    tol: float = 1e-3,
+    *,
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
+    method: str = "krylov",
+    steps: int | None = None,
+    seed: int = 0,
+    v0: Tensor | Sequence[Tensor] | None = None,
+    return_block: bool = False,
+) -> Any:
+    """The largest singular value of every matrix: sigma_max(A) = max ||A x|| / ||x||.
+
+    A: (..., m, n), any float dtype, device and strides, or a list of such (one dtype and device; one launch). Returns (...):
+    float64 for float64 input, float32 otherwise; for a list of matrices one tensor (len(A),), for a list with stacks a list.
+    tol: relative error of the result, in [16 eps, 1); docs/accuracy.md has the measured probability of a miss.
+    method: "krylov" (block Krylov, one read of A a step), "power" (block power iteration on the same kernel), "gram" (repeated
+    squaring of the Gram matrix in float64: at most tol above, never below), "svd" (torch.linalg).
+    steps: exactly so many reads instead of tol; nothing is sent to the host, so the call can be captured in a CUDA graph.
+    v0: a block (..., 4, min(m, n)) from a former call with return_block=True; a slightly changed matrix then takes one or two
+    reads. Its last row is replaced by a random one, keyed by (seed, shape).
+    NaN entries give NaN, infinite ones inf, for that matrix alone; an empty matrix 0. The gradient is u v' of the final
+    vectors. Not the spectral radius. Source: Musco and Musco 2015 (block Krylov); docs/accuracy.md (stop rule).
+    """
+    if type(A) is Tensor and method == "krylov" and v0 is None and not return_block:
+        value = _fast(A, tol, dim, steps, seed)
+        if value is not None:
+            return value[..., None, None] if keepdim else value
+    batch = ragged(A, dim)
+    arguments.check_choice("method", method, METHODS)
+    seed = arguments.check_seed(seed)
+    if steps is not None:
+        steps = arguments.check_int("steps", steps, 1, 4096)
+    if not batch.stacks:
+        return (torch.empty(0), []) if return_block else torch.empty(0)
+    tol = arguments.check_tol(tol, batch.stacks[0].dtype)
+    blocks = None if v0 is None else _check_blocks(v0, batch)
+    if method != "krylov" and (v0 is not None or return_block):
+        raise ValueError(f"v0 and return_block go with method='krylov', not {method!r}")
+    if steps is not None and method in ("gram", "svd"):
+        raise ValueError(f"steps goes with method='krylov' or 'power', not {method!r}")
+
+    needs_grad = torch.is_grad_enabled() and any(a.requires_grad for a in batch.stacks)
+    X = None
+    if method in ("gram", "svd"):
+        values = dense.spectral_norms(batch.stacks, method, tol)
+    elif needs_grad or triplet.must_be_opaque(batch.stacks):
+        if blocks is not None or return_block:
+            raise ValueError("v0 and return_block do not go with autograd, vmap or torch.compile")
+        values, _, _ = triplet.spectral_norm_op(batch.stacks, tol, steps or 0, seed, method)
+    elif method == "power":
+        values = power.estimate(batch.stacks, tol=tol, steps=steps, seed=seed).sigma
+    else:
+        result = estimate(
+            batch.stacks, tol=tol, steps=steps, seed=seed, V0=blocks, vectors=BLOCK if return_block else 0
+        )
+        values = finish(result, batch.stacks, tol, steps)
+        X = result.X
+    out = _shape(values, batch, keepdim)
+    if not return_block:
+        return out
+    assert X is not None
+    parts = batch.scatter(X, [BLOCK] * len(batch.stacks), batch.short())
+    return out, parts if batch.is_list else parts[0]
+
+
+def _fast(A: Tensor, tol: float, dim: Any, steps: int | None, seed: int) -> Tensor | None:
+    """A plain tensor without gradient, default options: straight to the kernel. None: take the general way."""
+    if (
+        type(tol) is not float
+        or steps is not None
+        or dim != (-2, -1)
+        or type(seed) is not int
+        or (A.requires_grad and torch.is_grad_enabled())
+        or not 4e-6 <= tol < 1
+        or A.dtype not in arguments.FLOATS
+        or A.ndim not in (2, 3)
+        or A.layout != torch.strided
+        or triplet.must_be_opaque((A,))
+    ):
+        return None
+    stack = A if A.ndim == 3 else A.unsqueeze(0)
+    oriented = stack if stack.shape[2] <= stack.shape[1] else stack.mT
+    kernel = registry.words(A.device.type, A.dtype, BLOCK).block_krylov
+    info, _, _ = kernel([oriented], None, BLOCK, MOST_READS, 32 * BLOCK, 1, tol, 3, seed, 0, False)
+    values = finish(Estimate(info, info, info), (stack,), tol, None)
+    return values if A.ndim == 3 else values[0]
+
+
+def finish(result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | None) -> Tensor:
+    """(N,) values; where the reads ended before the tolerance was met: a dense method for small matrices, else a warning."""
+    values = sigma(result, stacks[0].dtype)
+    info = result.info
+    if steps is not None or info.shape[0] == 0 or bool(info[:, INFO["done"]].all()):
+        return values
+    unfinished = (info[:, INFO["done"]] == 0).tolist()
+    first = 0
+    for a in stacks:
+        for i in range(a.shape[0]):
+            j = first + i
+            if not unfinished[j]:
+                continue
+            if min(a.shape[1:]) <= DENSE_FINISH:
+                values[j] = dense.spectral_norms([a[i : i + 1]], "svd", tol)[0]
+            else:
+                _warn(result, j, a, tol)
+        first += a.shape[0]
+    return values
+
+
+def _warn(result: Estimate, j: int, a: Tensor, tol: float) -> None:
+    from .certificates import upper_of_restarted
+
+    row = result.info[j]
+    lower = float(row[INFO["sigma"]])
+    upper = upper_of_restarted(row, min(a.shape[1:]), BLOCK)
+    warnings.warn(
+        f"spectral_norm: {int(row[INFO['reads']])} reads did not prove tol={tol:g} for a {tuple(a.shape[1:])} matrix; "
+        f"sigma_max lies in [{lower:.9g}, {upper:.9g}] (upper side with probability 1 - 1e-6)",
+        AccuracyWarning,
+        stacklevel=4,
+    )
+
+
+def _check_blocks(v0: Any, batch: Ragged) -> list[Tensor]:
+    given = list(v0) if isinstance(v0, list | tuple) else [v0]
+    if len(given) != len(batch.stacks):
+        raise ValueError(f"v0 must hold one block per entry of A: {len(batch.stacks)}, not {len(given)}")
+    out = []
+    for v, a, shape in zip(given, batch.stacks, batch.batches, strict=True):
+        wanted = (*shape, BLOCK, min(a.shape[1:]))
+        if not isinstance(v, Tensor):
+            raise TypeError(f"v0 must be a tensor or a list of tensors, not {type(v).__name__}")
+        if tuple(v.shape) != wanted or v.dtype != acc_dtype(a.dtype) or v.device != a.device:
+            raise ValueError(
+                f"v0 must have shape {wanted}, {acc_dtype(a.dtype)} on {a.device}, "
+                f"not {tuple(v.shape)}, {v.dtype} on {v.device}"
+            )
+        out.append(v.reshape(a.shape[0], *wanted[-2:]))
+    return out
+
+
+def _shape(values: Tensor, batch: Ragged, keepdim: bool) -> Any:
+    if batch.plain:
+        return values[:, None, None] if keepdim else values
+    parts = batch.scatter(values)
+    if keepdim:
+        parts = [p[..., None, None] for p in parts]
+    return parts if batch.is_list else parts[0]
