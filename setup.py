@@ -1,7 +1,7 @@
 """Builds the native library `spectral_kernels._C_cpu`; all else about the package stands in pyproject.toml.
 
-A build that fails is reported and left out: the package then works on its reference kernels, and `_C_cpu.txt` beside the modules
-keeps the reason for `spectral-kernels doctor`. SPECTRAL_KERNELS_NATIVE=1 makes a failure fatal, =0 skips the build.
+A build that fails is reported and left out: the package then works on its reference kernels, and `_C_cpu.txt` beside
+the modules keeps the reason. SPECTRAL_KERNELS_NATIVE=1 makes a failure fatal, =0 skips the build.
 torch must be importable while building (`pip install --no-build-isolation .`): an isolated build gives a pure wheel.
 """
 
@@ -37,7 +37,7 @@ elif not METADATA_ONLY & set(sys.argv[1:]):
         from torch.utils.cpp_extension import BuildExtension as Build  # noqa: F811
         from torch.utils.cpp_extension import CppExtension as make_extension  # noqa: F811
     except Exception as error:  # whatever a broken torch raises at import
-        obstacle = f"torch cannot be imported while building ({error}); pip install --no-build-isolation lets the build see it"
+        obstacle = f"torch cannot be imported while building ({error}); try pip with --no-build-isolation"
 
 
 class BuildNative(Build):
@@ -73,7 +73,7 @@ class BuildNative(Build):
                 (folder / f"{name}.txt").write_text(reason + "\n")
         print(
             f"\nspectral_kernels: the native library is not built: {reason}\n"
-            "  The package works without it, on its slower reference kernels. `pip install -v` shows the compiler's output;\n"
+            "  The package works without it, on slower reference kernels. pip install -v shows the compiler's output;\n"
             "  SPECTRAL_KERNELS_NATIVE=1 makes this an error, SPECTRAL_KERNELS_NATIVE=0 does not try.\n",
             file=sys.stderr,
         )

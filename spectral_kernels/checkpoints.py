@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 READABLE = ".safetensors, .pt, .pth, .bin, *.index.json, or a folder with one of them"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled MAGIC_NUMBER of torch/serialization.py, before torch 1.6
 
-# dtype codes of the safetensors header -> torch's names, where they differ by more than the letter
+# dtype codes of the safetensors header -> torch's names
 _SAFETENSORS_DTYPES = {
+    **{f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -40,7 +40,8 @@ class InputError(Exception):
     """What is wrong with what the user gave, in one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else "?" for c in line))
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,11 @@ def _index_entries(index: Path, kept: dict[Path, dict[str, Tensor]]) -> Iterator
         file = index.parent / shard
         if not file.exists():
             raise InputError(f"{index}: its shard {shard} is not there")
-        held = {entry.name: entry for entry in _entries(file, kept)}
-        wanted = [name for name in shards if shards[name] == shard]
-        for name in wanted:
-            if name not in held:
-                raise InputError(f"{index}: says {name} is in {shard}, which does not hold it")
-        yield from sorted((held[name] for name in wanted), key=list(held.values()).index)
+        held = _entries(file, kept)
+        absent = {name for name in shards if shards[name] == shard}.difference(entry.name for entry in held)
+        if absent:
+            raise InputError(f"{index}: says that {shard} holds {min(absent)!r}, which it does not")
+        yield from (entry for entry in held if shards.get(entry.name) == shard)
 
 
 # safetensors ------------------------------------------------------------------------------------------------------------
@@ -172,10 +172,10 @@ def _safe_open(file: Path) -> Any:
 def _safetensors_entries(file: Path) -> list[Entry]:
     with _safe_open(file) as handle:
         entries = []
-        for name in handle.offset_keys():
+        for name in getattr(handle, "offset_keys", handle.keys)():  # storage order, where this release tells it
             view = handle.get_slice(name)
             code = str(view.get_dtype())
-            dtype = _SAFETENSORS_DTYPES.get(code, code.lower().replace("i", "int", 1).replace("u", "uint", 1))
+            dtype = _SAFETENSORS_DTYPES.get(code, code.lower())
             entries.append(Entry(name, tuple(view.get_shape()), dtype, skip_reason(dtype), file))
     return entries
 
@@ -194,10 +194,9 @@ def _torch_entries(file: Path, kept: dict[Path, dict[str, Tensor]]) -> list[Entr
 
     with file.open("rb") as stream:
         head = stream.read(len(LEGACY_MAGIC))
-    mapped = zipfile.is_zipfile(file)
+    mapped = head[:4] == b"PK\x03\x04"
     if not mapped and head != LEGACY_MAGIC:
-        what = "truncated or corrupt torch checkpoint" if head[:2] == b"PK" else "not a file written by torch.save"
-        raise InputError(f"{file}: {what}")
+        raise InputError(f"{file}: not a file written by torch.save, or its beginning is damaged")
     held = _load_torch(file, mmap=mapped)
     if not mapped:
         kept[file] = held
@@ -233,7 +232,9 @@ def _load_torch(file: Path, *, mmap: bool) -> dict[str, Tensor]:
         if unsafe:
             why = f"holds pickled objects ({unsafe[1]}), and only tensors and plain containers are read"
         else:
-            why = f"corrupt or truncated torch checkpoint ({(str(error) or type(error).__name__)[:160]})"
+            text = str(error) or type(error).__name__
+            detail = "its pickle is damaged" if "Weights only load failed" in text else text[:160]
+            why = f"corrupt or truncated torch checkpoint, or one of more than tensors ({detail})"
         raise InputError(f"{file}: {why}") from None
 
 

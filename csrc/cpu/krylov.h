@@ -1,0 +1,60 @@
+// Block Krylov for one matrix: reads, basis, projected matrix, error estimate, stop rule. The contract is kernels/contracts.py.
+#pragma once
+
+#include <vector>
+
+#include "gram_matvec.h"
+
+namespace sk {
+
+// columns of info, as in contracts.py
+enum Info { kSigma, kTheta, kRho, kError, kReads, kDone, kNan, kInf, kFrob2, kAmax, kScale, kTrace, kColumns, kInfoColumns };
+
+constexpr double kSafety = 10;  // the error estimate times this must be below tol (docs/accuracy.md)
+
+template <class T>
+constexpr double epsilon() {
+  return sizeof(T) == 4 ? 0x1p-23 : 0x1p-52;
+}
+
+// The small algebra after a read: shared by the word rayleigh_ritz_ and the composite.
+template <class T>
+struct Step {
+  int64_t n, ldn, b, columns, rank;  // columns: basis columns before the block just read
+  T* q;                              // (>= columns + 2 b, ldn) basis rows; the next block is written behind the others
+  T* w;                              // (b4, ldn), overwritten
+  double* t;                         // projected matrix, leading dimension ldt
+  int64_t ldt;
+  int64_t* first;                    // profile of t: first nonzero column of every row
+  std::vector<double>* z;            // leading Ritz vector: start and result
+};
+
+// Orthogonalize w, extend q and t (whose diagonal block is in place). Returns false where nothing new is left.
+template <class T>
+bool extend(Step<T>& s);
+
+// Estimate from t into info; exact: the gap to the next Ritz value is computed, otherwise only compared with what tol asks.
+// Returns whether the error estimate meets tol.
+template <class T>
+bool assess(Step<T>& s, double tol, bool exact, double* info);
+
+template <class T>
+struct KrylovTask {
+  Matrix a;
+  const T* start;  // (b, ldn) orthonormal rows
+  int64_t b, steps, cap, rank, min_reads, vectors;
+  double tol;
+  bool with_t, parallel;
+  double* info;  // (kInfoColumns)
+  T* x;          // (vectors, n) or null
+  double* t;     // (steps * b + b)^2 or null
+};
+
+template <class T>
+void run_krylov(const KrylovTask<T>& task);
+
+// (b, ldn) orthonormal rows drawn from (seed, m, n, step)
+template <class T>
+std::vector<T> start_block(int64_t m, int64_t n, int64_t b, int64_t seed, int64_t step);
+
+}  // namespace sk

@@ -1,0 +1,47 @@
+// Orthogonalization of a block against a basis, and linear combinations of basis rows.
+#pragma once
+
+#include "simd.h"
+
+namespace sk {
+
+template <class T>
+struct Project {  // w -= (w q') q, four basis rows at a time: (b4, ld) against (k, ld), k a multiple of 4
+  T* w;
+  int64_t b4;
+  const T* q;
+  int64_t k, ld;
+};
+void project_f32(Project<float>& args);
+void project_f64(Project<double>& args);
+
+template <class T>
+struct BlockQr {  // rows of w (b, ld) -> orthonormal rows, r (b, b) with column c = coefficients of the old row c; floor: deflate
+  T* w;
+  int64_t b, ld;
+  double floor;
+  double* r;
+};
+void block_qr_f32(BlockQr<float>& args);
+void block_qr_f64(BlockQr<double>& args);
+
+template <class T>
+struct Combine {  // out (rows, ldo) = coefficients (rows, k) q (k, ldq), `width` columns; rows a multiple of 4, no aliasing
+  const T* coefficients;
+  int64_t rows;
+  const T* q;
+  int64_t k, ldq, width;
+  T* out;
+  int64_t ldo;
+};
+void combine_f32(Combine<float>& args);
+void combine_f64(Combine<double>& args);
+
+inline void run(Project<float>& a) { project_f32(a); }
+inline void run(Project<double>& a) { project_f64(a); }
+inline void run(BlockQr<float>& a) { block_qr_f32(a); }
+inline void run(BlockQr<double>& a) { block_qr_f64(a); }
+inline void run(Combine<float>& a) { combine_f32(a); }
+inline void run(Combine<double>& a) { combine_f64(a); }
+
+}  // namespace sk

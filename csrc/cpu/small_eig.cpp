@@ -1,0 +1,237 @@
+#include "small_eig.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace sk {
+
+namespace {
+
+constexpr double kEps = std::numeric_limits<double>::epsilon();
+
+// a (k, k) -> diagonal d, off-diagonal e (e[i] between i and i + 1), q (k, k) with a = q T q'
+void tridiagonalize(std::vector<double>& a, int64_t k, std::vector<double>& d, std::vector<double>& e,
+                    std::vector<double>& q) {
+  d.assign(k, 0);
+  e.assign(k, 0);
+  q.assign(k * k, 0);
+  for (int64_t i = 0; i < k; ++i) q[i * k + i] = 1;
+  std::vector<double> v(k), p(k);
+  for (int64_t i = 0; i + 2 < k; ++i) {
+    double norm = 0;
+    for (int64_t r = i + 1; r < k; ++r) norm = std::hypot(norm, a[r * k + i]);
+    e[i] = a[(i + 1) * k + i];
+    if (norm == 0 || std::abs(e[i]) == norm) continue;
+    const double alpha = a[(i + 1) * k + i] > 0 ? -norm : norm;
+    double length = 0;
+    for (int64_t r = i + 1; r < k; ++r) {
+      v[r] = a[r * k + i] - (r == i + 1 ? alpha : 0);
+      length += v[r] * v[r];
+    }
+    const double beta = 2 / length;
+    double pv = 0;
+    for (int64_t r = i + 1; r < k; ++r) {
+      double sum = 0;
+      for (int64_t c = i + 1; c < k; ++c) sum += a[r * k + c] * v[c];
+      p[r] = beta * sum;
+      pv += p[r] * v[r];
+    }
+    for (int64_t r = i + 1; r < k; ++r) p[r] -= 0.5 * beta * pv * v[r];
+    for (int64_t r = i + 1; r < k; ++r)
+      for (int64_t c = i + 1; c < k; ++c) a[r * k + c] -= v[r] * p[c] + p[r] * v[c];
+    for (int64_t r = 0; r < k; ++r) {
+      double sum = 0;
+      for (int64_t c = i + 1; c < k; ++c) sum += q[r * k + c] * v[c];
+      for (int64_t c = i + 1; c < k; ++c) q[r * k + c] -= beta * sum * v[c];
+    }
+    e[i] = alpha;
+  }
+  if (k > 1) e[k - 2] = a[(k - 1) * k + k - 2];
+  for (int64_t i = 0; i < k; ++i) d[i] = a[i * k + i];
+}
+
+}  // namespace
+
+void symmetric_eigen(const double* a, int64_t k, int64_t ld, std::vector<double>& values, std::vector<double>& vectors) {
+  std::vector<double> work(k * k), d, e, q;
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < k; ++j) work[i * k + j] = 0.5 * (a[i * ld + j] + a[j * ld + i]);
+  tridiagonalize(work, k, d, e, q);
+  for (int64_t low = 0; low < k; ++low) {
+    for (int sweep = 0; sweep < 60; ++sweep) {
+      int64_t high = low;
+      while (high + 1 < k && std::abs(e[high]) > kEps * (std::abs(d[high]) + std::abs(d[high + 1]))) ++high;
+      if (high == low) break;
+      // Wilkinson's shift from the leading 2 x 2, then one implicit QL sweep from high to low
+      const double g0 = (d[low + 1] - d[low]) / (2 * e[low]), h0 = std::hypot(g0, 1.0);
+      double g = d[high] - d[low] + e[low] / (g0 + std::copysign(h0, g0)), s = 1, c = 1, p = 0;
+      for (int64_t i = high - 1; i >= low; --i) {
+        double f = s * e[i];
+        const double b = c * e[i];
+        const double r = std::hypot(f, g);
+        e[i + 1] = r;
+        if (r == 0) {
+          d[i + 1] -= p;
+          e[high] = 0;
+          break;
+        }
+        s = f / r;
+        c = g / r;
+        g = d[i + 1] - p;
+        const double t = (d[i] - g) * s + 2 * c * b;
+        p = s * t;
+        d[i + 1] = g + p;
+        g = c * t - b;
+        for (int64_t row = 0; row < k; ++row) {
+          double* z = q.data() + row * k + i;
+          f = z[1];
+          z[1] = s * z[0] + c * f;
+          z[0] = c * z[0] - s * f;
+        }
+        if (i == low) {
+          d[low] -= p;
+          e[low] = g;
+          e[high] = 0;
+        }
+      }
+    }
+  }
+  std::vector<int64_t> order(k);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return d[x] < d[y] || (d[x] == d[y] && x < y); });
+  values.resize(k);
+  vectors.resize(k * k);
+  for (int64_t i = 0; i < k; ++i) {
+    values[i] = d[order[i]];
+    for (int64_t r = 0; r < k; ++r) vectors[i * k + r] = q[r * k + order[i]];
+  }
+}
+
+double largest_tridiagonal(const double* d, const double* e2, int64_t k) {
+  if (k == 1) return d[0];
+  double x = 0, floor = 0;  // Gershgorin's upper end; the largest diagonal entry is a lower bound
+  for (int64_t i = 0; i < k; ++i) {
+    const double left = i ? std::sqrt(e2[i - 1]) : 0, right = i + 1 < k ? std::sqrt(e2[i]) : 0;
+    x = std::max(x, d[i] + left + right);
+    floor = std::max(floor, d[i]);
+  }
+  if (!(x > 0)) return 0;
+  x *= 1 + 4 * kEps;
+  const double n = double(k);
+  for (int step = 0; step < 40; ++step) {
+    // q_i = x - d_i - e2_(i-1) / q_(i-1); s1 = (log det)', s2 = -(log det)''
+    double q = 1, dq = 0, ddq = 0, s1 = 0, s2 = 0;
+    bool above = true;
+    for (int64_t i = 0; i < k; ++i) {
+      const double inverse = i ? 1 / q : 0, e = i ? e2[i - 1] : 0, w = e * inverse * inverse;
+      const double nq = x - d[i] - e * inverse;
+      const double ndq = 1 + w * dq;
+      const double nddq = w * (ddq - 2 * dq * dq * inverse);
+      q = nq;
+      dq = ndq;
+      ddq = nddq;
+      if (!(q > 0)) {
+        above = false;
+        break;
+      }
+      const double u = dq / q;
+      s1 += u;
+      s2 += u * u - ddq / q;
+    }
+    if (!above) break;  // rounding has carried x onto the eigenvalue
+    const double root = std::sqrt(std::max(0.0, (n - 1) * (n * s2 - s1 * s1)));
+    const double move = n / (s1 + root);
+    if (!(move > 2 * kEps * x)) break;
+    x -= move;
+  }
+  return std::max(x, floor);
+}
+
+int64_t Profile::factor(double x) {
+  l_.resize(k_ * k_);
+  d_.resize(k_);
+  int64_t above = 0;
+  for (int64_t i = 0; i < k_; ++i) {
+    const double* row = t_ + i * ld_;
+    double* li = l_.data() + i * k_;
+    double pivot = x - row[i];
+    for (int64_t j = first_[i]; j < i; ++j) {
+      const double* lj = l_.data() + j * k_;
+      double u = -row[j];
+      for (int64_t k = std::max(first_[i], first_[j]); k < j; ++k) u -= li[k] * lj[k];  // li holds L D until divided below
+      li[j] = u;
+    }
+    for (int64_t j = first_[i]; j < i; ++j) {
+      const double u = li[j];
+      li[j] = u / d_[j];
+      pivot -= u * li[j];
+    }
+    if (std::abs(pivot) < 1e-300) pivot = 1e-300;
+    d_[i] = pivot;
+    above += pivot < 0;
+  }
+  return above;
+}
+
+void Profile::solve(double* z) const {
+  for (int64_t i = 0; i < k_; ++i) {
+    const double* li = l_.data() + i * k_;
+    double sum = z[i];
+    for (int64_t j = first_[i]; j < i; ++j) sum -= li[j] * z[j];
+    z[i] = sum;
+  }
+  for (int64_t i = 0; i < k_; ++i) z[i] /= d_[i];
+  for (int64_t i = k_ - 1; i >= 0; --i) {
+    const double* li = l_.data() + i * k_;
+    for (int64_t j = first_[i]; j < i; ++j) z[j] -= li[j] * z[i];
+  }
+}
+
+void Profile::multiply(const double* z, double* y) const {
+  for (int64_t i = 0; i < k_; ++i) y[i] = t_[i * ld_ + i] * z[i];
+  for (int64_t i = 0; i < k_; ++i)
+    for (int64_t j = first_[i]; j < i; ++j) {
+      y[i] += t_[i * ld_ + j] * z[j];
+      y[j] += t_[i * ld_ + j] * z[i];
+    }
+}
+
+double Profile::leading(double* z, double accuracy, double quiet, double* residual) {
+  work_.resize(k_);
+  double* y = work_.data();
+  double theta = 0, rest = 0, proved = std::numeric_limits<double>::infinity();
+  for (int iteration = 0; iteration < 60; ++iteration) {
+    double length = 0;
+    for (int64_t i = 0; i < k_; ++i) length += z[i] * z[i];
+    length = 1 / std::sqrt(length);
+    for (int64_t i = 0; i < k_; ++i) z[i] *= length;
+    multiply(z, y);
+    theta = 0;
+    for (int64_t i = 0; i < k_; ++i) theta += z[i] * y[i];
+    rest = 0;
+    for (int64_t i = 0; i < k_; ++i) rest += (y[i] - theta * z[i]) * (y[i] - theta * z[i]);
+    rest = std::sqrt(rest);
+    if (!(theta > 0)) break;
+    if (proved - theta <= accuracy * theta && rest <= std::max(quiet, accuracy) * theta) break;
+    double width = std::max(rest, 0.25 * accuracy * theta);
+    while (factor(theta + width) > 0) width *= 2;  // the spectrum reaches further than this vector saw
+    proved = std::min(proved, theta + width);
+    solve(z);
+  }
+  *residual = rest;
+  return theta;
+}
+
+double Profile::count_down(int64_t which, double top) {
+  if (which >= k_) return 0;
+  double low = 0, high = top * (1 + 1e-9);
+  while (high - low > 1e-3 * top) {
+    const double middle = 0.5 * (low + high);
+    (factor(middle) > which ? low : high) = middle;
+  }
+  return high;
+}
+
+}  // namespace sk

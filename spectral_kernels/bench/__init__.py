@@ -1,0 +1,1 @@
+"""Measuring: cases, rivals and the one timer, shared by `spectral-kernels bench`, benchmarks/ and `make gpu`."""
