@@ -50,7 +50,8 @@ bench: $(VENV)/.test
 
 # The current python3 as it is: no virtual environment, no network.
 gpu:
-	@python3 setup.py --quiet build_ext --inplace || echo "make gpu: going on without the native CPU library"
+	@if ! python3 -c "import torch" 2>/dev/null; then echo "make gpu: the current python3 has no torch; nothing was run"; exit 0; fi
+	python3 setup.py --quiet build_ext --inplace || echo "make gpu: going on without the native CPU library"
 	python3 -m spectral_kernels.bench.gpu
 
 clean:

@@ -43,6 +43,11 @@ elif not METADATA_ONLY & set(sys.argv[1:]):
 class BuildNative(Build):
     """build_ext that reports a failure in words, drops the library and lets the install go on."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # not a folder of the day: ninja then compiles only what has changed
+            self.build_temp = str(ROOT / "build" / "editable")
+
     def run(self) -> None:
         self.folders = [Path(self.build_lib, PACKAGE)]
         if self.inplace:  # editable installs and build_ext --inplace: the library lies beside the sources

@@ -1,4 +1,4 @@
-"""Rows C1 to C5: `spectral_norm` against matrix_norm, tuned power iteration and scipy; row M: what it takes beside the matrix."""
+"""Rows C1 to C5: `spectral_norm` against matrix_norm, power iteration, scipy; row M: memory beside the matrix."""
 
 from __future__ import annotations
 

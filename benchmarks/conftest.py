@@ -1,5 +1,5 @@
-"""One group per case, one entry per provider. pytest-benchmark times the providers one after the other; the ratio that the tables
-use is taken in turns by the package's own timer and stored in `extra_info` of the entry "ours".
+"""One group per case, one entry per provider. pytest-benchmark times the providers one after the other; the ratio that
+the tables use is taken in turns by the package's own timer and stored in `extra_info` of the entry "ours".
 
 Nothing that names a person, a host or a folder gets into the JSON, and no per-round data.
 """

@@ -2,8 +2,8 @@
 
     python -m benchmarks.run [--rows C1,C4] [subject ...]
 
-On a shared machine set OMP_WAIT_POLICY=passive; the setting is recorded. With --rows the result goes to .benchmarks/, which is
-not committed: a table has all its rows from one run.
+On a shared machine set OMP_WAIT_POLICY=passive; the setting is recorded. With --rows the result goes to .benchmarks/,
+which is not committed: a table has all its rows from one run.
 """
 
 from __future__ import annotations

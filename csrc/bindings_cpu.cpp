@@ -174,7 +174,7 @@ void rayleigh_ritz_typed(const std::vector<int64_t>& n, T* q, T* v, double* t, d
     sk::Step<T> step{size, ldn, b, columns, rank, basis.data(), block.data(), ti, rows, first.data(), &z};
     const bool goes_on = sk::extend(step) && K < size;
     const bool met = sk::assess(step, tol, true, row);
-    if (!goes_on || !(row[sk::kTheta] > 0) || (tol > 0 && row[sk::kReads] >= double(min_reads) && met)) row[sk::kDone] = 1;
+    if (!goes_on || !(row[sk::kTheta] > 0) || (tol > 0 && met && sk::enough_reads(row, min_reads))) row[sk::kDone] = 1;
     for (int64_t c = 0; c < b; ++c) {
       std::copy_n(block.data() + c * ldn, size, qi + (K + c) * size);
       std::copy_n(block.data() + c * ldn, size, vi + c * size);
@@ -207,7 +207,8 @@ void block_krylov_typed(const std::vector<sk::Matrix>& list, const T* v0, int64_
     sizes.push_back(a.m * a.n);
     at.push_back(total);
     total += a.n;
-    if (!v0 && a.m && a.n && !starts.count({a.m, a.n})) starts[{a.m, a.n}] = sk::start_block<T>(a.m, a.n, b, seed, 0);
+    const bool draws = !v0 && a.m && a.n && !sk::is_dense(a, rank, tol, vectors, t != nullptr);
+    if (draws && !starts.count({a.m, a.n})) starts[{a.m, a.n}] = sk::start_block<T>(a.m, a.n, b, seed, 0);
   }
   const int64_t order = steps * b + b;
   schedule(sizes, [&](int64_t i, bool parallel) {
@@ -219,8 +220,8 @@ void block_krylov_typed(const std::vector<sk::Matrix>& list, const T* v0, int64_
       given.assign(b * ldn, T(0));
       for (int64_t c = 0; c < b; ++c) std::copy_n(v0 + at[i] * b + c * a.n, a.n, given.data() + c * ldn);
       start = given.data();
-    } else if (a.m && a.n) {
-      start = starts.find({a.m, a.n})->second.data();
+    } else if (const auto drawn = starts.find({a.m, a.n}); drawn != starts.end()) {
+      start = drawn->second.data();
     }
     sk::run_krylov<T>({a, start, b, steps, cap, rank, min_reads, vectors, tol, t != nullptr, parallel, info + i * sk::kInfoColumns,
                        x ? x + at[i] * vectors : nullptr, t ? t + i * order * order : nullptr});
@@ -251,6 +252,35 @@ std::tuple<Tensor, Tensor, Tensor> block_krylov(std::vector<Tensor> A, std::opti
   return {info, X, T_};
 }
 
+// krylov_norm: sigma_max of (m, n) or (k, m, n), negative where tol was not proved in the read budget
+Tensor krylov_norm(Tensor A, int64_t b, int64_t steps, int64_t cap, double tol, int64_t min_reads, int64_t seed) {
+  const bool stack = A.dim() == 3;
+  const int64_t k = stack ? A.size(0) : 1, last = stack ? 2 : 1;
+  const sk::Dtype dtype = dtype_of(A);
+  const char* data = static_cast<const char*>(A.const_data_ptr());
+  std::vector<sk::Matrix> list;
+  list.reserve(k);
+  for (int64_t i = 0; i < k; ++i)
+    list.push_back(sk::oriented({data + (stack ? i * A.stride(0) * sk::entry_bytes(dtype) : 0), dtype, A.size(last - 1),
+                                 A.size(last), A.stride(last - 1), A.stride(last)}));
+  const bool wide = dtype == sk::Dtype::f64;
+  std::vector<int64_t> shape;
+  if (stack) shape.push_back(k);
+  Tensor out = like(A, shape, wide ? ScalarType::Double : ScalarType::Float);
+  std::vector<double> info(k * sk::kInfoColumns);
+  auto call = [&](auto zero) {
+    using T = decltype(zero);
+    block_krylov_typed<T>(list, nullptr, b, steps, cap, 1, tol, min_reads, seed, 0, info.data(), nullptr, nullptr);
+    T* value = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < k; ++i) {
+      const double* row = info.data() + i * sk::kInfoColumns;
+      value[i] = T(row[sk::kDone] != 0 ? row[sk::kSigma] : -row[sk::kSigma]);
+    }
+  };
+  wide ? call(double()) : call(float());
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
@@ -260,4 +290,5 @@ STABLE_TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
   m.impl("gram_matvec", TORCH_BOX(&gram_matvec));
   m.impl("rayleigh_ritz_", TORCH_BOX(&rayleigh_ritz_));
   m.impl("block_krylov", TORCH_BOX(&block_krylov));
+  m.impl("krylov_norm", TORCH_BOX(&krylov_norm));
 }

@@ -1,7 +1,7 @@
-"""Checkpoints on disk, read lazily: what they hold is known from their headers, tensors are memory-mapped a few at a time.
+"""Checkpoints on disk, read lazily: the headers say what they hold, tensors are memory-mapped a few at a time.
 
-Formats: `.safetensors`, `.pt` / `.pth` / `.bin` (torch.save, read with weights_only=True), a sharded `*.index.json` of either,
-or a folder that holds one of these. Everything that can be wrong with a file is raised as `InputError`, one line of text.
+Formats: `.safetensors`, `.pt` / `.pth` / `.bin` (torch.save, read with weights_only=True), a sharded `*.index.json` of
+either, or a folder that holds one of these. What is wrong with a file is raised as `InputError`, one line of text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 READABLE = ".safetensors, .pt, .pth, .bin, *.index.json, or a folder with one of them"
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled MAGIC_NUMBER of torch/serialization.py, before torch 1.6
+LEGACY_MAGIC = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled MAGIC_NUMBER of torch/serialization.py, before torch 1.6
+)
 
 # dtype codes of the safetensors header -> torch's names
 _SAFETENSORS_DTYPES = {
-    **{f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{
+        f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+    },
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -153,9 +157,6 @@ def _index_entries(index: Path, kept: dict[Path, dict[str, Tensor]]) -> Iterator
         yield from (entry for entry in held if shards.get(entry.name) == shard)
 
 
-# safetensors ------------------------------------------------------------------------------------------------------------
-
-
 def _safe_open(file: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
@@ -184,9 +185,6 @@ def _read_safetensors(file: Path, names: Sequence[str]) -> list[Tensor]:
     _check_file(file)
     with _safe_open(file) as handle:
         return [handle.get_tensor(name) for name in names]
-
-
-# torch.save -------------------------------------------------------------------------------------------------------------
 
 
 def _torch_entries(file: Path, kept: dict[Path, dict[str, Tensor]]) -> list[Entry]:
@@ -251,9 +249,6 @@ def _flatten(node: Any, path: tuple[str, ...], above: tuple[int, ...] = ()) -> I
         elif isinstance(node, list | tuple):
             for number, value in enumerate(node):
                 yield from _flatten(value, (*path, str(number)), above)
-
-
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def skip_reason(dtype: str) -> str | None:

@@ -1,7 +1,7 @@
-"""The command `spectral-kernels`: inspect, bench, doctor. Arguments and exit statuses only; torch is imported by what needs it.
+"""The command `spectral-kernels`: inspect, bench, doctor. Arguments and exit statuses; torch is imported where needed.
 
-Exit status: 0 done; 1 `bench` measured a wrong result, or `doctor` found a word that nothing serves; 2 bad arguments or input,
-said in one line; 130 interrupted; 141 the reader of a pipe went away.
+Exit status: 0 done; 1 `bench` measured a wrong result, or `doctor` found a word that nothing serves; 2 bad arguments or
+input, said in one line; 130 interrupted; 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ SORTS = ("name", "sigma", "ratio", "stable_rank", "size", "change")
 _INSPECT = f"""\
 Spectral norms of the matrices in a checkpoint ({READABLE}).
 
-One row per matrix: sigma_max to --tol with a bracket that holds with probability 1 - delta, the root of fan_out / fan_in,
-the ratio of the two, and the stable rank. The file is memory-mapped and read a few tensors at a time. With several files,
-every layer of the later ones is compared with the first one, with the spectral norm of the difference.
+One row per matrix: sigma_max to --tol with a bracket that holds with probability 1 - delta, the root of
+fan_out / fan_in, the ratio of the two, and the stable rank. The file is memory-mapped and read a few tensors
+at a time. With several files, every layer of the later ones is compared with the first one, with the spectral
+norm of the difference.
 """
 _INSPECT_NOTES = """\
-How tensors are read: 2-D is a matrix (fan_out, fan_in) as torch.nn.Linear stores it. 3-D is a stack, one row per matrix,
-unless its name contains "conv". Those, and everything of more dimensions, are convolutions (out, in, ...), taken as the
-matrix (out, in * ...). Embedding tables (by convention "embed" in the name) are stored transposed, (vocabulary, width) =
-(fan_in, fan_out), and so are transposed convolutions; they are shown as stored: turn their root around when you read it.
-1-D tensors are listed with their Euclidean norm and RMS. Integer, boolean, complex, sparse and quantized tensors are named
-and not measured. NaN and infinite entries show as nan and inf; JSON has them as the strings "NaN" and "Infinity".
+How tensors are read: 2-D is a matrix (fan_out, fan_in) as torch.nn.Linear stores it. 3-D is a stack, one row
+per matrix, unless its name contains "conv". Those, and everything of more dimensions, are convolutions
+(out, in, ...), taken as the matrix (out, in * ...). Embedding tables (by convention "embed" in the name) are
+stored transposed, (vocabulary, width) = (fan_in, fan_out), and so are transposed convolutions; they are shown
+as stored: turn their root around when you read it. 1-D tensors are listed with their Euclidean norm and RMS.
+Integer, boolean, complex, sparse and quantized tensors are named and not measured. NaN and infinite entries
+show as nan and inf; JSON has them as the strings "NaN" and "Infinity".
 
-.pt, .pth and .bin are read with weights_only=True; those written by torch < 1.6 cannot be mapped and are read as a whole.
+.pt, .pth and .bin are read with weights_only=True; those written by torch < 1.6 cannot be mapped and are read
+as a whole.
 """
 
 
@@ -74,7 +77,9 @@ def _run(argv: list[str]) -> int:
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser; the options of `bench` are imported only when argv asks for it."""
-    parser = argparse.ArgumentParser(prog="spectral-kernels", description="Spectral norms, cheap enough for every step.")
+    parser = argparse.ArgumentParser(
+        prog="spectral-kernels", description="Spectral norms, cheap enough for every step."
+    )
     parser.add_argument("--version", action="version", version=f"spectral-kernels {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
@@ -88,10 +93,15 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     inspect.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint; with several, compared with the first")
     inspect.add_argument(
-        "--sort", choices=SORTS, default="name", help='order of the rows; numbers go downwards; "change" needs two files'
+        "--sort",
+        choices=SORTS,
+        default="name",
+        help='order of the rows; numbers go downwards; "change" needs two files',
     )
     inspect.add_argument("--reverse", action="store_true", help="turn the order around")
-    inspect.add_argument("--json", metavar="PATH", help='write everything as JSON; "-" is stdout, instead of the tables')
+    inspect.add_argument(
+        "--json", metavar="PATH", help='write everything as JSON; "-" is stdout, instead of the tables'
+    )
     inspect.add_argument("--csv", metavar="PATH", help='write every row as CSV; "-" is stdout, instead of the tables')
     inspect.add_argument("--plot", metavar="PICTURE", help="draw norms and stable ranks per layer (.png, .pdf, .svg)")
     inspect.add_argument("--tol", type=_fraction, default=1e-3, help="relative error of the norms (default 1e-3)")
@@ -156,7 +166,9 @@ def _inspect(args: argparse.Namespace) -> int:
         for note in report.notes:
             print(f"note: {reporting.plain(report.path)}: {note}", file=sys.stderr)
     outputs = [(form, target) for form, target in (("json", args.json), ("csv", args.csv)) if target is not None]
-    outputs.sort(key=lambda output: output[1] == "-")  # files first: they are whole even when the reader of stdout leaves
+    outputs.sort(
+        key=lambda output: output[1] == "-"
+    )  # files first: they are whole even when the reader of stdout leaves
     if args.plot is not None:
         from . import inspection_plot
 

@@ -1,4 +1,4 @@
-"""What `doctor` says: versions, devices, the native library, and which backend serves each word and why the others do not."""
+"""What `doctor` says: versions, devices, the native library, which backend serves each word, why the others do not."""
 
 from __future__ import annotations
 
@@ -68,7 +68,12 @@ def _cuda_devices() -> list[dict[str, Any]]:
         return []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [
-        {"name": d.name, "capability": f"{d.major}.{d.minor}", "memory_bytes": d.total_memory, "cores": d.multi_processor_count}
+        {
+            "name": d.name,
+            "capability": f"{d.major}.{d.minor}",
+            "memory_bytes": d.total_memory,
+            "cores": d.multi_processor_count,
+        }
         for d in found
     ]
 
@@ -103,7 +108,9 @@ def _reason(word: str, device: str, dtype: torch.dtype, backend: str, served: st
     if kernel is None or kernel.fn is None:
         return f"has no {word} kernel"
     reason = kernel.supports(word, device, dtype, BLOCK)
-    return reason or (f"could serve; {served} comes before it" if served else "could serve, and is not the one insisted on")
+    return reason or (
+        f"could serve; {served} comes before it" if served else "could serve, and is not the one insisted on"
+    )
 
 
 def serves(found: dict[str, Any]) -> bool:
@@ -132,7 +139,7 @@ def show(found: dict[str, Any], stream: IO[str]) -> None:
     native = found["native_library"]
     line("native library", "loaded" if native["loaded"] else f"not loaded: {native['why_not']}")
     if found["forced_backend"]:
-        line("insisted on", f"{found['forced_backend']} ({registry.ENVIRONMENT})")
+        line("insisted on", f"{found['forced_backend']} ({registry.ENVIRONMENT} or force)")
     if found["problem"]:
         line("problem", found["problem"])
     for device, words in found["words"].items():

@@ -1,8 +1,8 @@
 """What `inspect` measures: the spectral norm of every matrix of a checkpoint, with its bracket and stable rank.
 
-A tensor is read as the layers are stored: 2-D is one matrix (fan_out, fan_in); 3-D a stack, one row per matrix, unless its name
-says "conv"; a convolution (out, in, k...) is the matrix (out, in * k...), which is how torch counts its fan_in. Matrices are
-taken in groups of bounded size, one ragged call per group, so that memory stays bounded however large the file is.
+A tensor is read as the layers are stored: 2-D is one matrix (fan_out, fan_in); 3-D a stack, one row per matrix, unless
+its name says "conv"; a convolution (out, in, k...) is the matrix (out, in * k...), as torch counts fan_in.
+Matrices are taken in groups of bounded size, one ragged call per group: memory stays bounded however large the file is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import scaling
 from .checkpoints import Checkpoint, Entry, InputError
-from .kernels.contracts import INFO, acc_dtype
+from .kernels.contracts import INFO
 from .ops import arguments
 from .ops.bounds import spectral_bounds
 from .ops.estimate import estimate
@@ -168,8 +168,9 @@ def measure(stacks: Sequence[Tensor], options: Options) -> list[Norms]:
     """
     result = estimate(stacks, tol=options.tol, seed=options.seed)
     values = finish(result, stacks, options.tol, None).tolist()
-    bounds: SpectralBounds = spectral_bounds(list(stacks), delta=options.delta, seed=options.seed)
-    lowers, uppers = (torch.cat([part.reshape(-1) for part in side]).tolist() for side in (bounds.lower, bounds.upper))
+    bounds: list[SpectralBounds] = spectral_bounds(list(stacks), delta=options.delta, seed=options.seed)
+    lowers = torch.cat([part.lower for part in bounds]).tolist()
+    uppers = torch.cat([part.upper for part in bounds]).tolist()
     info = result.info.tolist()
     out = []
     for value, lower, upper, row in zip(values, lowers, uppers, info, strict=True):
@@ -194,7 +195,10 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: Options, progress: Progr
     for group in groups([entry for entry in served if len(entry.shape) >= 2], options.group_bytes):
         tensors = checkpoint.read([piece.entry for piece in group])
         stacks = [piece.of(tensor) for piece, tensor in zip(group, tensors, strict=True)]
-        norms = iter(_noting(report, lambda stacks=stacks: measure(stacks, options)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            norms = iter(measure(stacks, options))
+        report.notes += [str(warning.message) for warning in caught]
         for piece in group:
             _, m, n = as_stack(piece.entry)
             for name in piece.names():
@@ -219,15 +223,6 @@ def _matrix(name: str, entry: Entry, m: int, n: int, norms: Norms) -> Matrix:
     return Matrix(
         name, shape, entry.dtype, m, n, norms.sigma, norms.lower, norms.upper, target, ratio, norms.stable_rank
     )
-
-
-def _noting(report: Report, call: Callable[[], list[Norms]]) -> list[Norms]:
-    """Warnings of the estimator become notes of the report."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        norms = call()
-    report.notes += [str(warning.message) for warning in caught]
-    return norms
 
 
 def length(x: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The picture of `inspect --plot`: one line per layer, spectral norm against sqrt(fan_out / fan_in), and stable rank."""
+"""The picture of `inspect --plot`: a line per layer, spectral norm against sqrt(fan_out / fan_in), and stable rank."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def picture(inspection: Inspection) -> Any:
         right.plot([row.stable_rank for _, row in finite], at, "o", **dot)
         odd = [y for y, row in held if not math.isfinite(row.sigma)]
         if odd:  # at the edge of the panel: their norm is not a place on the axis
-            left.plot([0.99] * len(odd), odd, "x", color=color, transform=left.get_yaxis_transform(), label="nan or inf")
+            left.plot(
+                [0.99] * len(odd), odd, "x", color=color, transform=left.get_yaxis_transform(), label="nan or inf"
+            )
     first = [next(r for r in rows[name] if r is not None) for name in names]
     goal = [(y, row.target) for y, row in enumerate(first) if math.isfinite(row.target) and row.target > 0]
     style = dict(ms=7, mew=1.2, color="#555555", zorder=2)
@@ -79,5 +81,3 @@ def picture(inspection: Inspection) -> Any:
 def _short(name: str, most: int = 48) -> str:
     """A long name keeps its end, where the layer says what it is."""
     return name if len(name) <= most else "…" + name[-(most - 1) :]
-
-

@@ -16,6 +16,7 @@ from . import __version__
 from .comparison import Change
 from .inspection import Matrix, Options, Report, Skipped, Vector
 
+NAME_LEAST = 28  # columns of a terminal kept for names; below, lines run over its edge
 DIGITS = 5  # of a printed norm; brackets are rounded outwards
 CSV_COLUMNS = (
     *("file", "kind", "name", "shape", "dtype", "fan_out", "fan_in", "sigma", "lower", "upper", "target", "ratio"),
@@ -61,16 +62,14 @@ class Inspection:
             report.skipped.sort(key=lambda row: natural(row.name))
         later = len(place)
         self.changes = [
-            dict(sorted(c.items(), key=lambda item: (place.get(item[0], later), natural(item[0])))) for c in self.changes
+            dict(sorted(c.items(), key=lambda item: (place.get(item[0], later), natural(item[0]))))
+            for c in self.changes
         ]
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which layers.2 comes before layers.10."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
-
-
-# numbers and names as text ----------------------------------------------------------------------------------------------
 
 
 def number(x: float | None, rounding: str = ROUND_HALF_EVEN) -> str:
@@ -94,9 +93,6 @@ def plain(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
-# tables -----------------------------------------------------------------------------------------------------------------
-
-
 def show(inspection: Inspection, stream: IO[str]) -> None:
     """Print tables of the matrices, the vectors and what was skipped, and one line on the accuracy."""
     from rich.console import Console
@@ -117,7 +113,9 @@ def show(inspection: Inspection, stream: IO[str]) -> None:
         counts = _show_comparison(console, inspection)
     delta = inspection.options.delta
     console.print(f"{counts}. Norms: relative error up to {inspection.options.tol:g};", soft_wrap=True)
-    console.print(f"the true one lies in its bracket with probability 1 - {delta:g} per matrix or more.", soft_wrap=True)
+    console.print(
+        f"the true one lies in its bracket with probability 1 - {delta:g} per matrix or more.", soft_wrap=True
+    )
     if any("embed" in row.name.lower() for report in inspection.reports for row in report.matrices):
         console.print(
             "Embeddings are taken as stored, (vocabulary, width) = (fan_in, fan_out): turn their root around.",
@@ -147,17 +145,22 @@ def _skipped_cells(row: Skipped) -> tuple[str, ...]:
 def _table(console: Any, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
     """Print a table; a column's first character says to which side it is flush."""
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
 
     cells = list(cells)
     if not cells:
         return
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column[1:], justify="right" if column[0] == ">" else "left", overflow="fold", no_wrap=i > 0)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+    rows = [[column[1:] for column in columns], *cells]
+    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(columns))]
+    widths[0] = min(widths[0], NAME_LEAST)  # names fold where room is short, numbers never do
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column[1:], justify="right" if column[0] == ">" else "left", overflow="fold", min_width=width)
     for row in cells:
         table.add_row(*row)
-    console.print(table)
+    least = sum(widths) + 2 * (len(widths) - 1)
+    console.print(table, width=max(console.width, least), crop=False)
     console.print()
 
 
@@ -211,9 +214,6 @@ def _common_order(inspection: Inspection) -> list[str]:
     """The order that `Inspection.order` gave the changes, for the matrices alone."""
     rows = inspection.rows("matrices")
     return [name for name in dict.fromkeys(n for c in inspection.changes for n in c) if name in rows]
-
-
-# JSON and CSV -----------------------------------------------------------------------------------------------------------
 
 
 def _strict(value: Any) -> Any:

@@ -62,7 +62,9 @@ def single(folder: Path, suffix: str) -> Path:
     return path
 
 
-@pytest.fixture(params=[".safetensors", ".pt", ".pth", ".bin", "legacy", "safetensors shards", "torch shards", "folder"])
+@pytest.fixture(
+    params=[".safetensors", ".pt", ".pth", ".bin", "legacy", "safetensors shards", "torch shards", "folder"]
+)
 def checkpoint_path(request, tmp_path) -> Path:
     if request.param == "legacy":
         path = tmp_path / "old.pt"
@@ -113,7 +115,10 @@ def test_nested_containers_are_flattened_with_dotted_names(tmp_path):
     w = torch.randn(3, 2)
     content = {
         "model": {"a.weight": w, "a": {"weight": w + 1}},
-        "optimizer": {"state": {0: {"exp_avg": w, "step": torch.tensor(4.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "optimizer": {
+            "state": {0: {"exp_avg": w, "step": torch.tensor(4.0)}},
+            "param_groups": [{"lr": 0.1, "params": [0]}],
+        },
         "epoch": 3,
         "history": [w, (w, None)],
         "parameter": torch.nn.Parameter(w),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -50,9 +51,6 @@ def one_line(capsys, *arguments: object) -> str:
     return err
 
 
-# start, help, arguments -------------------------------------------------------------------------------------------------
-
-
 def test_version_and_help_do_not_import_torch(tmp_path):
     lines = ["import sys", "from spectral_kernels.cli import main"]
     for arguments in (["--version"], ["--help"], ["inspect", "--help"], ["doctor", "--help"]):
@@ -92,9 +90,6 @@ def test_the_installed_script_is_this_main():
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts["spectral-kernels"] == "spectral_kernels.cli:main"
-
-
-# inspect ----------------------------------------------------------------------------------------------------------------
 
 
 def test_inspect_prints_tables_from_a_real_process(model):
@@ -140,18 +135,43 @@ def test_two_files_are_compared_and_plotted(model, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_tol_and_seed_reach_the_estimator(tmp_path):
+def test_tol_delta_and_seed_reach_the_estimator(tmp_path, monkeypatch, capsys):
     path = tmp_path / "w.pt"
-    torch.save({"w": torch.randn(400, 300, dtype=torch.float64)}, path)
+    w = torch.randn(90, 70, dtype=torch.float64)
+    torch.save({"w": w}, path)
+    seen = []
+    for word in ("estimate", "spectral_bounds"):
+        real = getattr(inspection, word)
+        monkeypatch.setattr(
+            inspection, word, lambda *a, real=real, **options: seen.append(options) or real(*a, **options)
+        )
+    options = ["--tol", "1e-9", "--delta", "1e-3", "--seed", "5"]
+    assert cli.main(["inspect", str(path), "--json", "-", *options]) == 0
+    assert seen == [{"tol": 1e-9, "seed": 5}, {"delta": 1e-3, "seed": 5}]
+    content = json.loads(capsys.readouterr().out)
+    exact = float(torch.linalg.matrix_norm(w, ord=2))
+    assert content["files"][0]["matrices"][0]["sigma"] == pytest.approx(exact, rel=1e-9)
+    assert (content["tol"], content["delta"], content["seed"]) == (1e-9, 1e-3, 5)
 
-    def sigma(*options: str) -> float:
-        assert cli.main(["inspect", str(path), "--json", str(tmp_path / "o.json"), *options]) == 0
-        return json.loads((tmp_path / "o.json").read_text())["files"][0]["matrices"][0]["sigma"]
 
-    exact = float(torch.linalg.matrix_norm(torch.load(path)["w"], ord=2))
-    assert sigma("--tol", "1e-9") == pytest.approx(exact, rel=1e-9)
-    coarse = {sigma("--tol", "0.3", "--seed", seed) for seed in "123"}
-    assert len(coarse) > 1 and all(abs(s / exact - 1) < 0.3 for s in coarse)
+def test_a_progress_bar_shows_on_a_terminal_only(model):
+    """On stderr, so that stdout stays clean; nothing where stderr is not a terminal (the process tests above)."""
+    pty = pytest.importorskip("pty", reason="needs pseudo terminals")
+    ours, theirs = pty.openpty()
+    arguments = [sys.executable, "-m", "spectral_kernels", "inspect", str(model), "--csv", "-"]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=theirs, env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "100"}
+    ) as process:
+        os.close(theirs)
+        assert process.stdout is not None
+        shown = b""
+        with contextlib.suppress(OSError):  # how a pseudo terminal says that its other side is closed
+            while part := os.read(ours, 4096):
+                shown += part
+        out = process.stdout.read()  # a few lines: a pipe holds them
+    os.close(ours)
+    assert process.returncode == 0 and out.startswith(b"file,kind,name") and b"\x1b" not in out
+    assert b"model.safetensors" in shown and b"bytes" in shown
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "folder", "truncated pt", "pickled"])
@@ -200,11 +220,12 @@ def test_missing_packages_name_their_extra(model, tmp_path, capsys, monkeypatch)
     assert "spectral-kernels[inspect]" in one_line(capsys, "inspect", model)
 
 
-def test_a_backend_that_cannot_serve_is_one_line(model, capsys, monkeypatch):
-    monkeypatch.setenv("SPECTRAL_KERNELS_BACKEND", "cuda")
-    assert "cuda" in one_line(capsys, "inspect", model)
-    monkeypatch.setenv("SPECTRAL_KERNELS_BACKEND", "abacus")
-    assert "abacus" in one_line(capsys, "inspect", model)
+def test_a_backend_that_cannot_serve_is_one_line(model, capsys):
+    with spectral_kernels.force("cuda"):
+        assert "cuda" in one_line(capsys, "inspect", model)
+    done = command("inspect", model, SPECTRAL_KERNELS_BACKEND="abacus")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "SPECTRAL_KERNELS_BACKEND" in done.stderr and "abacus" in done.stderr
 
 
 def test_a_full_disk_is_one_line(model, capsys):
@@ -220,9 +241,6 @@ def test_names_that_the_terminal_cannot_show(tmp_path):
     done = command("inspect", path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "Traceback" not in done.stderr and "\x1b" not in done.stdout
     assert r"schicht.gr\xf6\xdfe" in done.stdout
-
-
-# signals and pipes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [[], ["--json", "-"], ["--csv", "-"]])
@@ -266,9 +284,6 @@ def test_interrupt_exits_with_130(tmp_path):
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
 
 
-# bench and doctor -------------------------------------------------------------------------------------------------------
-
-
 def test_bench_hands_its_arguments_to_the_runner(monkeypatch):
     from spectral_kernels.bench import runner
 
@@ -307,15 +322,14 @@ def test_doctor_says_who_serves_and_why_others_do_not(capsys):
         assert reason in text
 
 
-@pytest.mark.parametrize(("backend", "status"), [("reference", 0), ("cuda", 1), ("abacus", 1)])
-def test_doctor_reports_an_insisted_backend(backend, status, capsys, monkeypatch):
-    monkeypatch.setenv("SPECTRAL_KERNELS_BACKEND", backend)
-    assert cli.main(["doctor"]) == status
-    text = capsys.readouterr().out
-    assert backend in text and (status == 0 or "NOT SERVED" in text or "problem" in text)
-
-
-# a real checkpoint ------------------------------------------------------------------------------------------------------
+def test_doctor_reports_an_insisted_backend(capsys):
+    for backend, status in (("reference", 0), ("cuda", 1)):
+        with spectral_kernels.force(backend):
+            assert cli.main(["doctor"]) == status
+        text = capsys.readouterr().out
+        assert f"insisted on       {backend}" in text and ("NOT SERVED" in text) == (status == 1)
+    done = command("doctor", SPECTRAL_KERNELS_BACKEND="abacus")
+    assert done.returncode == 1 and "unknown backend 'abacus'" in done.stdout and done.stderr == ""
 
 
 def test_a_published_model_against_linalg(tmp_path):

@@ -1,4 +1,4 @@
-"""What `inspect` measures, against torch.linalg in float64; bounded memory; comparison; tables, JSON, CSV and pictures."""
+"""What `inspect` measures, against torch.linalg in float64; memory; comparison; tables, JSON, CSV and pictures."""
 
 from __future__ import annotations
 
@@ -155,26 +155,32 @@ def test_results_do_not_depend_on_the_group_size(tmp_path):
     one = inspected(tmp_path, held)
     many = inspected(tmp_path, held, group_bytes=600)
     for a, b in zip(one.matrices, many.matrices, strict=True):
-        assert a.name == b.name and a.sigma == pytest.approx(b.sigma, rel=1e-6) and a.upper == pytest.approx(b.upper, rel=1e-5)
+        assert (
+            a.name == b.name
+            and a.sigma == pytest.approx(b.sigma, rel=1e-6)
+            and a.upper == pytest.approx(b.upper, rel=1e-5)
+        )
 
 
 PEAK = """
-import resource, sys
+import sys
 from spectral_kernels.checkpoints import open_checkpoint
 from spectral_kernels.inspection import Options, inspect_checkpoint
+def peak():  # KiB; ru_maxrss would count the parent's
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 small, large = map(open_checkpoint, sys.argv[1:])
 inspect_checkpoint(small, Options())
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = peak()
 for limit in (4 << 20, 1 << 30):
     assert len(inspect_checkpoint(large, Options(tol=0.1, group_bytes=limit)).matrices) == 64
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
+    print(peak() - start)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_memory_stays_with_the_group_not_with_the_file(suffix, tmp_path):
-    """Peak memory while inspecting 128 MiB: in groups of 4 MiB, and in one group, where the same measure sees the file."""
+    """Peak memory while inspecting 128 MiB: in groups of 4 MiB, and in one, where the same measure sees the file."""
     save = save_file if suffix == ".safetensors" else torch.save
     small, large = tmp_path / f"small{suffix}", tmp_path / f"large{suffix}"
     save({"w": torch.randn(64, 1024)}, small)
@@ -184,9 +190,6 @@ def test_memory_stays_with_the_group_not_with_the_file(suffix, tmp_path):
     file_kib = large.stat().st_size // 1024
     assert grouped < 0.3 * file_kib
     assert at_once > 0.5 * file_kib  # of the file's pages some fit below the peak of the imports
-
-
-# comparison -------------------------------------------------------------------------------------------------------------
 
 
 def pair(tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Path]]:
@@ -242,9 +245,6 @@ def test_changes_are_the_norms_of_the_differences(group_bytes, tmp_path):
     assert changes["stack[1]"].delta == pytest.approx(exact(b["stack"][1] - a["stack"][1]), rel=1.1e-4)
     assert changes["bias"].delta == pytest.approx(math.sqrt(10), rel=1e-6) and changes["bias"].lower is None
     assert list(changes)[-3:] == ["added", "added stack[0]", "added stack[1]"]
-
-
-# what is shown ----------------------------------------------------------------------------------------------------------
 
 
 def whole(tmp_path: Path) -> reporting.Inspection:
@@ -303,6 +303,21 @@ def test_names_from_files_cannot_reach_the_terminal_as_control_codes():
     assert "\x1b" not in stream.getvalue() and r"bad\x1b[31m[red]\n" in stream.getvalue()
 
 
+def test_a_narrow_terminal_cuts_no_number(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown, stream = whole(tmp_path), Terminal()
+    shown.order("name", False)
+    reporting.show(shown, stream)
+    change = shown.changes[0]["conv.weight"]
+    for text in (reporting.bracket(change.lower, change.upper), reporting.number(change.stable_rank), "4x3x3x3"):
+        assert text in stream.getvalue()
+
+
 def test_tables_name_everything(tmp_path):
     stream = io.StringIO()
     shown = whole(tmp_path)
@@ -341,7 +356,10 @@ def test_json_is_strict_and_holds_every_number(tmp_path):
     rows = {row["name"]: row for row in content["files"][0]["matrices"]}
     assert rows["nan"]["sigma"] == "NaN" and rows["inf"]["sigma"] == "Infinity"
     truth = {row.name: row for row in shown.reports[0].matrices}
-    assert all(rows[name]["sigma"] == truth[name].sigma and rows[name]["upper"] == truth[name].upper for name in ("kept", "cast"))
+    assert all(
+        rows[name]["sigma"] == truth[name].sigma and rows[name]["upper"] == truth[name].upper
+        for name in ("kept", "cast")
+    )
     layers = {layer["name"]: layer for layer in content["changes"][0]["layers"]}
     assert layers["moved"]["delta"] == shown.changes[0]["moved"].delta and layers["gone"]["status"] == "missing"
     assert content["tol"] == 1e-3 and content["files"][1]["skipped"][0]["reason"] == "integer"

@@ -8,7 +8,6 @@
 namespace sk {
 
 constexpr int64_t kDenseSide = 64;           // tracked sides up to this; from measurements: benchmarks, row C4
-constexpr int64_t padded_side() { return kDenseSide; }
 constexpr int64_t kDenseEntries = 1 << 17;   // larger ones are worth several threads: block Krylov
 
 template <class T>

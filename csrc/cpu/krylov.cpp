@@ -236,6 +236,10 @@ void write_vectors(const KrylovTask<T>& k, const T* q, int64_t ldn, const double
 
 }  // namespace
 
+bool is_dense(const Matrix& a, int64_t rank, double tol, int64_t vectors, bool with_t) {
+  return tol > 0 && !vectors && !with_t && rank == 1 && a.n <= kDenseSide && a.m * a.n <= kDenseEntries;
+}
+
 template <class T>
 void run_krylov(const KrylovTask<T>& k) {
   const int64_t m = k.a.m, n = k.a.n, b = k.b, b4 = multiple_of_4(b), ldn = padded(n);
@@ -247,7 +251,7 @@ void run_krylov(const KrylovTask<T>& k) {
     std::fill(k.x, k.x + k.vectors * n, T(0));
     return;
   }
-  if (k.tol > 0 && !k.vectors && !k.with_t && k.rank == 1 && n <= kDenseSide && m * n <= kDenseEntries) {
+  if (is_dense(k.a, k.rank, k.tol, k.vectors, k.with_t)) {
     if (sizeof(T) == 4 && k.tol >= 1e-5)
       dense<T, T>(k);
     else
@@ -298,12 +302,12 @@ void run_krylov(const KrylovTask<T>& k) {
     for (int64_t i = 0; i < b; ++i)
       for (int64_t j = 0; j < b; ++j) t[(columns + i) * rows + columns + j] = read.s[i * b4 + j];
     Step<T> s{n, ldn, b, columns, k.rank, q, w.data(), t.data(), rows, first.data(), &z};
-    const bool goes_on = extend(s) && K < n;
+    const bool goes_on = extend(s) && K < std::min(m, n);
     const bool last = step + 1 == k.steps;
-    const bool due = k.tol > 0 && step + 1 >= k.min_reads && !(tiny && (step - k.min_reads) % 2 == 0);
+    const bool due = k.tol > 0 && step + 1 >= k.min_reads && !(tiny && (step - k.min_reads) % 2);
     if (!goes_on || last || due) {
       const bool met = assess(s, k.tol, last || !goes_on, info);
-      if (!goes_on || (k.tol > 0 && step + 1 >= k.min_reads && met)) {
+      if (!goes_on || (k.tol > 0 && met && enough_reads(info, k.min_reads))) {
         info[kDone] = 1;
         break;
       }

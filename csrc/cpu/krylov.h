@@ -38,6 +38,12 @@ bool extend(Step<T>& s);
 template <class T>
 bool assess(Step<T>& s, double tol, bool exact, double* info);
 
+// One read more than `min_reads` while a larger value could hide outside the basis.
+inline bool enough_reads(const double* info, int64_t min_reads) {
+  const bool hidden = info[kFrob2] - info[kTrace] > 0.5 * info[kTheta];
+  return info[kReads] >= double(min_reads + hidden);
+}
+
 template <class T>
 struct KrylovTask {
   Matrix a;
@@ -49,6 +55,9 @@ struct KrylovTask {
   T* x;          // (vectors, n) or null
   double* t;     // (steps * b + b)^2 or null
 };
+
+// Small sides are finished by a direct method where only values are asked for.
+bool is_dense(const Matrix& a, int64_t rank, double tol, int64_t vectors, bool with_t);
 
 template <class T>
 void run_krylov(const KrylovTask<T>& task);

@@ -14,6 +14,18 @@ struct Matrix {
   int64_t sm, sn;  // strides in entries
 };
 
+// The side to track, as ops/estimate.py chooses it: the shorter one, unless rows along the longer one are contiguous and long
+// enough to stream, and the matrix is neither small nor thin.
+inline Matrix oriented(Matrix a) {
+  const int64_t small = a.m < a.n ? a.m : a.n, large = a.m < a.n ? a.n : a.m;
+  bool swap = a.n > a.m;
+  if (small >= 128 && large <= 16 * small) {
+    if (a.sn == 1 && a.sm != 1) swap = false;
+    if (a.sm == 1 && a.sn != 1) swap = true;
+  }
+  return swap ? Matrix{a.data, a.dtype, a.n, a.m, a.sn, a.sm} : a;
+}
+
 inline int64_t entry_bytes(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
 // Stored across the tracked side (columns contiguous): panels of whole columns' segments instead of whole rows.
@@ -55,28 +67,6 @@ inline T entry(const Matrix& a, int64_t offset) {
   }
 }
 
-// dst[0..count) = scale * entries at offset, offset + stride, ...; zeros up to `width`
-template <class T>
-static inline void pack(const Matrix& a, int64_t offset, int64_t stride, int64_t count, T scale, T* __restrict dst,
-                        int64_t width) {
-  if (stride == 1 && a.dtype == Dtype::bf16) {
-    const uint16_t* s = static_cast<const uint16_t*>(a.data) + offset;
-    for (int64_t i = 0; i < count; ++i) dst[i] = T(from_bf16(s[i])) * scale;
-  } else if (stride == 1 && a.dtype == Dtype::f16) {
-    const uint16_t* s = static_cast<const uint16_t*>(a.data) + offset;
-    for (int64_t i = 0; i < count; ++i) dst[i] = T(from_f16(s[i])) * scale;
-  } else if (a.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64)) {
-    const T* s = static_cast<const T*>(a.data) + offset;
-    if (stride == 1)
-      for (int64_t i = 0; i < count; ++i) dst[i] = s[i] * scale;
-    else
-      for (int64_t i = 0; i < count; ++i) dst[i] = s[i * stride] * scale;
-  } else {
-    for (int64_t i = 0; i < count; ++i) dst[i] = entry<T>(a, offset + i * stride) * scale;
-  }
-  for (int64_t i = count; i < width; ++i) dst[i] = 0;
-}
-
 struct Statistics {
   double frob2 = 0, amax = 0;  // of the packed (scaled) entries
   bool nan = false;
@@ -87,41 +77,5 @@ struct Statistics {
     nan |= o.nan;
   }
 };
-
-// sum of squares, largest magnitude and NaN flag of a contiguous row
-template <class T, int B>
-static inline void row_statistics(const T* p, int64_t n, Statistics& s) {
-  using S = simd<T, B>;
-  T squares = 0, largest = 0;
-  bool nan = false;
-  int64_t j = 0;
-  if (n >= S::lanes) {
-    typename S::vec sq = {}, top = {};
-    typename S::mask bad = {};
-    auto take = [&](typename S::vec x) __attribute__((always_inline)) {
-      sq += x * x;
-      bad |= x != x;
-      typename S::vec ax = x < 0 ? -x : x;
-      top = ax > top ? ax : top;
-    };
-    for (; j + S::lanes <= n; j += S::lanes) take(S::load(p + j));
-    if (j < n) take(S::keep(S::load(p + n - S::lanes), S::last(n - j)));
-    j = n;
-    for (int i = 0; i < S::lanes; ++i) {
-      squares += sq[i];
-      largest = top[i] > largest ? top[i] : largest;
-      nan |= bad[i] != 0;
-    }
-  }
-  for (; j < n; ++j) {
-    const T x = p[j], ax = x < 0 ? -x : x;
-    squares += x * x;
-    largest = ax > largest ? ax : largest;
-    nan |= x != x;
-  }
-  s.frob2 += squares;
-  s.amax = largest > s.amax ? largest : s.amax;
-  s.nan |= nan;
-}
 
 }  // namespace sk

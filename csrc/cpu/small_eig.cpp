@@ -109,14 +109,16 @@ void symmetric_eigen(const double* a, int64_t k, int64_t ld, std::vector<double>
   }
 }
 
-double largest_tridiagonal(const double* d, const double* e2, int64_t k) {
+double largest_tridiagonal(const double* d, const double* e2, int64_t k, double accuracy) {
   if (k == 1) return d[0];
-  double x = 0, floor = 0;  // Gershgorin's upper end; the largest diagonal entry is a lower bound
+  double x = 0, floor = 0, frob2 = 0;  // Gershgorin's upper end; the largest diagonal entry is a lower bound
   for (int64_t i = 0; i < k; ++i) {
     const double left = i ? std::sqrt(e2[i - 1]) : 0, right = i + 1 < k ? std::sqrt(e2[i]) : 0;
     x = std::max(x, d[i] + left + right);
     floor = std::max(floor, d[i]);
+    frob2 += d[i] * d[i] + (i + 1 < k ? 2 * e2[i] : 0);
   }
+  x = std::min(x, std::sqrt(frob2));
   if (!(x > 0)) return 0;
   x *= 1 + 4 * kEps;
   const double n = double(k);
@@ -143,8 +145,9 @@ double largest_tridiagonal(const double* d, const double* e2, int64_t k) {
     if (!above) break;  // rounding has carried x onto the eigenvalue
     const double root = std::sqrt(std::max(0.0, (n - 1) * (n * s2 - s1 * s1)));
     const double move = n / (s1 + root);
-    if (!(move > 2 * kEps * x)) break;
     x -= move;
+    // cubic: the next move would be of the order of the cube of this one
+    if (move * move * move <= 1e-3 * accuracy * x * x * x || !(move > 2 * kEps * x)) break;
   }
   return std::max(x, floor);
 }

@@ -11,8 +11,9 @@ namespace sk {
 void symmetric_eigen(const double* a, int64_t k, int64_t ld, std::vector<double>& values, std::vector<double>& vectors);
 
 // Largest eigenvalue of the symmetric tridiagonal matrix with diagonal d (k) and squared off-diagonal e2 (k - 1), e2[i] between
-// i and i + 1: Laguerre's iteration from above, which is monotone and cubic (Wilkinson, The Algebraic Eigenvalue Problem, 7).
-double largest_tridiagonal(const double* d, const double* e2, int64_t k);
+// i and i + 1, to relative `accuracy`: Laguerre's iteration from above, which is monotone and cubic (Wilkinson, The Algebraic
+// Eigenvalue Problem, chapter 7).
+double largest_tridiagonal(const double* d, const double* e2, int64_t k, double accuracy);
 
 // A symmetric matrix whose row i starts at column first[i]: block tridiagonal, or with an arrow after a thick restart.
 class Profile {

@@ -1,6 +1,6 @@
 """The cases of the table's rows: inputs, providers, the truth in float64, and what counts as wrong.
 
-A `Case` is cheap to list; `build` makes it concrete. Every provider's result is checked before and after it is timed (measure.py).
+A `Case` is cheap to list; `build` makes it concrete. measure.py checks every provider's result, then times it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Goal:
-    """What a case is held to against one rival. measure: `speedup` (rival's time over ours), `share` (of the rival's bandwidth) or
-    `memory` (extra bytes over the matrix's)."""
+    """What a case is held to against one rival.
+
+    measure: `speedup` (rival's time over ours), `share` (of the rival's bandwidth) or `memory` (extra bytes over the
+    matrix's).
+    """
 
     target: float | None = None
     measure: str = "speedup"
@@ -201,8 +204,8 @@ def gram_matvec_problem(
 ) -> Problem:
     """One read of A (m, n) against a copy of its bytes and against two products with the same block.
 
-    Ours is held to twice the error of two float32 products (float64 matrices: float64 ones), whatever the dtype of A. `capture`
-    turns a call into the one to be timed (a CUDA graph), for every provider.
+    Ours is held to twice the error of two float32 products (float64 matrices: float64 ones), whatever the dtype of A.
+    `capture` turns a call into the one to be timed (a CUDA graph), for every provider.
     """
     from ..kernels import registry
     from ..kernels.contracts import acc_dtype

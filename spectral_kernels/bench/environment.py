@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def gpu_slug(name: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `h100`, `NVIDIA GeForce RTX 4090` -> `rtx-4090`: the words up to the first with a digit."""
+    """`NVIDIA H100 80GB HBM3` -> `h100`, `NVIDIA GeForce RTX 4090` -> `rtx-4090`: up to the first word with a digit."""
     words = [
         w
         for w in re.split(r"[^a-z0-9]+", name.lower())
@@ -55,7 +55,7 @@ def processor() -> str:
 
 @lru_cache(maxsize=1)
 def commit() -> str:
-    """Short hash of the checkout that holds the package, `+` after it where the tree is changed; `unknown` outside a checkout."""
+    """Short hash of the checkout that holds the package, `+` added where the tree is changed; else `unknown`."""
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:

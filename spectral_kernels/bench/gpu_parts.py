@@ -1,7 +1,7 @@
 """The parts of `make gpu` and the two places they run in: a CUDA device, and its rehearsal on a CPU over tiny shapes.
 
-A part yields (outcomes, subject, records) after every step. A rehearsal replaces what a CPU lacks: device events by wall time,
-the driver's sync detector by one that watches for values read by the host, a captured graph by the call itself.
+A part yields (outcomes, subject, records) after every step. A rehearsal replaces what a CPU lacks: device events by
+wall time, the driver's sync detector by one that watches for values read by the host, a captured graph by the call.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def inputs(place: RunOnCuda) -> dict[str, list[Tensor]]:
 
 
 def host(place: RunOnCuda, left: Callable[[], float]) -> Iterator[Step]:
-    """`spectral_norm(A, steps=8)`: no synchronization, captured, replayed on changed input with the bits of the eager call."""
+    """`spectral_norm(A, steps=8)`: no synchronization; captured and replayed on changed input with the eager bits."""
     probe = torch.ones(4, device=place.device)
     try:
         with place.no_sync():
@@ -225,7 +225,7 @@ def g3(place: RunOnCuda, left: Callable[[], float]) -> Iterator[Step]:
 
 
 def g3_cases(place: RunOnCuda, name: str, stacks: list[Tensor]) -> list[Case]:
-    """Both captured and with the fewest steps; then our call as a user writes it (tolerance, eager) against the same graph."""
+    """Both captured, at their fewest steps; then our call as a user writes it (tol, eager) against the same graph."""
     truth = torch.cat([rivals.exact(s) for s in stacks])
     matrices = [a for s in stacks for a in s.unbind(0)]
     loop = rivals.SubspaceLoop(stacks)

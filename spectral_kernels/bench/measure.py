@@ -1,7 +1,7 @@
 """A case becomes records: check, time in turns, check again. A wrong result is a failure, whatever its speed.
 
 A record is a flat dict, the same in `bench --json`, in the result files and in the tables. `status` is one of
-  ok        measured; `value` with `p20`, `p80` is the speedup, the share of the rival's bandwidth, or the memory's share
+  ok        measured; `value` with `p20`, `p80`: the speedup, the share of the rival's bandwidth, the memory's share
   wrong     our result is outside the limit: a failure, no value
   no rival  the rival cannot run here or is not accurate enough: `reason` says so, no value, not a win
   skipped   the case cannot be measured here: `reason` says so
@@ -35,7 +35,7 @@ def seconds_of(s: Spread) -> dict[str, float | None]:
 
 @lru_cache(maxsize=4)
 def ceilings(device: str = "cpu", side: int = 4096) -> dict[str, float]:
-    """Copy bandwidth (bytes read plus written a second) and fp32 matrix product rate (flop/s), measured in this process."""
+    """Copy bandwidth (bytes read plus written, per second) and fp32 matrix product rate (flop/s), in this process."""
     clock = clock_for(device)
     a = torch.randn(side, side, device=device)
     b = torch.empty_like(a)
@@ -83,8 +83,8 @@ def measure(
     if problem is None:
         try:
             problem = case.build()
-        except Skipped as reason:
-            return skipped(case, str(reason))
+        except Skipped as why:
+            return skipped(case, str(why))
     providers: dict[str, Call] = {"ours": problem.ours, **problem.rivals}
     errors = {name: problem.check(name, call()) for name, call in providers.items()}
     timed = {name: call for name, call in providers.items() if errors[name] <= problem.allowed(name)}
@@ -128,7 +128,7 @@ def measure(
                 value=rounded(value.median),
                 p20=rounded(value.p20),
                 p80=rounded(value.p80),
-                rounds=value.count,
+                rounds=value.rounds,
                 met=met(value.median, goal),
                 ours_seconds=seconds_of(ours),
                 rival_seconds=seconds_of(spread(samples[rival])),
@@ -140,7 +140,7 @@ def measure(
 
 
 def share_of_ceiling(problem: Problem, seconds: float, ceiling: dict[str, float]) -> tuple[float, str]:
-    """The larger of bytes over copy bandwidth and flops over matrix product rate: above 1 where the matrix stays in a cache."""
+    """The larger of bytes / copy bandwidth and flops / product rate: above 1 where the matrix stays in a cache."""
     by_bytes = problem.bytes / seconds / ceiling["copy_bytes_per_s"]
     by_flops = problem.flops / seconds / ceiling["gemm_flop_per_s"]
     return (by_bytes, "copy bandwidth") if by_bytes >= by_flops else (by_flops, "matrix product rate")
@@ -151,24 +151,18 @@ def describe_value(record: Record) -> str:
     if record["status"] != "ok":
         return f"{record['status']}: {record['reason']}"
     value, low, high = record["value"], record.get("p20"), record.get("p80")
-    if record["measure"] == "speedup":
-        text, ends = f"{number(value)}×", (low, high)
-    else:
-        text, ends = f"{percent(value)} %", tuple(None if e is None else 100 * e for e in (low, high))
-    return text if None in ends else f"{text} ({number(ends[0])}–{number(ends[1])})"
+    factor, unit = (1, "×") if record["measure"] == "speedup" else (100, " %")
+    text = f"{number(factor * value)}{unit}"
+    if low is None or high is None:
+        return text
+    return f"{text} ({number(factor * low)}–{number(factor * high)})"
 
 
-def number(x: float | None) -> str:
+def number(x: float) -> str:
     """Two or three significant digits, never in exponent form."""
-    if x is None:
-        return "–"
     if x >= 99.5:
         return f"{x:.0f}"
     return f"{x:.1f}" if x >= 9.95 else f"{x:.2f}"
-
-
-def percent(x: float) -> str:
-    return number(100 * x)
 
 
 def describe_target(record: Record) -> str:

@@ -1,8 +1,9 @@
 """Row M: what a call takes beside the matrix, as the operating system counts it.
 
-In a fresh process: call once on a small matrix (library, threads), make the matrix, hand free memory back to the system, reset the
-peak of the resident set (Linux: /proc/self/clear_refs), call, read the peak. Blocks of 64 KiB and more are mapped, so that memory
-freed before the call cannot hide what the call takes. The kernel's counters may lag by some 0.3 MB.
+In a fresh process: call once on small matrices (library, threads), make the matrix, hand free memory back to the
+system, reset the peak of the resident set (Linux: /proc/self/clear_refs), call, read the peak. Blocks of 64 KiB and
+more are mapped, so that memory freed before the call cannot hide what the call takes. The kernel's counters may lag by
+some 0.3 MB.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class Tuned(NamedTuple):
-    """A rival ready to be timed and the setting that was found for it; call None: it does not reach the accuracy, and why."""
+    """A rival ready to be timed and the setting found for it; call None: it does not reach the accuracy, and why."""
 
     call: Callable[[], Any] | None
     setting: str
 
 
 def exact(A: Tensor) -> Tensor:
-    """(...) float64: the largest singular value from the smaller Gram matrix in float64, good to about 1e-15 relatively."""
+    """(...) float64: the largest singular value from the smaller Gram matrix, good to about 1e-15 relatively."""
     x = A.double()
     gram = x.mT @ x if x.shape[-1] <= x.shape[-2] else x @ x.mT
     return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
@@ -52,7 +52,7 @@ def tuned_power(A: Tensor, truth: float, tol: float, *, most: int = 3000, seed: 
 
 
 def tuned_svds(A: Tensor, truth: float, tol: float, *, patience: float = 5.0) -> Tuned:
-    """scipy.sparse.linalg.svds(k=1) with the solver and tolerance that reach `tol` soonest; `patience` seconds per setting."""
+    """scipy's svds(k=1) with the solver and tolerance that reach `tol` soonest; `patience` seconds per setting."""
     try:
         from scipy.sparse.linalg import svds
     except ImportError:
@@ -134,8 +134,9 @@ def top_eigenvalue(S: Tensor, squarings: int = 12) -> Tensor:
 
 
 class SubspaceLoop:
-    """Block subspace iteration over stacks of equal shapes: two `bmm` a step, b columns, columns rescaled at every step and made
-    orthonormal at every fourth and at the end, Rayleigh-Ritz on the last product. Capturable in a CUDA graph.
+    """Block subspace iteration over stacks of equal shapes, two `bmm` a step. Capturable in a CUDA graph.
+
+    b columns, rescaled at every step, orthonormal at every fourth and at the end; Rayleigh-Ritz on the last product.
     """
 
     def __init__(self, stacks: Sequence[Tensor], b: int = 4, seed: int = 0) -> None:

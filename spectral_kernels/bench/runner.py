@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -94,11 +95,11 @@ def measure_all(cases: list[Case], quick: bool, console: Console) -> list[Record
 
 def table(records: list[Record], environment: dict[str, Any]) -> Table:
     where = f"{environment['machine']}, {environment['threads']} threads, torch {environment['versions']['torch']}"
-    out = Table(title=f"rival's time / ours, in turns: median (p20–p80)\n{where}", title_justify="left")
-    for name in ("row", "case", "against"):
-        out.add_column(name)
+    title = f"rival's time / ours, in turns: median (p20–p80)\n{where}"
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    out.add_column("case", overflow="fold")
     for name in ("ours", "rival", "ratio", "error", "target"):
-        out.add_column(name, justify="right")
+        out.add_column(name, justify="right", no_wrap=True)
     previous = None
     for r in records:
         if previous is not None and r["row"] != previous:
@@ -109,8 +110,14 @@ def table(records: list[Record], environment: dict[str, Any]) -> Table:
         losing = r["status"] == "ok" and (r["met"] is False or (r["measure"] == "speedup" and r["value"] < 1))
         style = "bold red" if r["status"] == "wrong" else "yellow" if losing else None
         value = describe_value(r) if r["status"] == "ok" else r["status"]
-        out.add_row(r["row"], r["case"], r["rival"] or "", *times, value, error, describe_target(r), style=style)
+        name = f"{r['row']} {r['case']}" + (f" vs {r['rival']}" if r["rival"] else "")
+        out.add_row(name, *times, value, error, goal(r), style=style)
     return out
+
+
+def goal(record: Record) -> str:
+    """`≥ 60× ✓`, short enough for a narrow terminal."""
+    return describe_target(record).replace(": met", " ✓").replace(": missed", " ✗")
 
 
 def duration(spread: dict[str, float] | None) -> str:

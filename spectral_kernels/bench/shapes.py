@@ -47,7 +47,7 @@ def sample(
 ) -> list[Tensor]:
     """One stack (k, m, n) per entry: Gaussian entries of variance 1/n (flat spectra, the hardest for an estimator).
 
-    spikes: that many decaying directions on top, as training leaves them: singular values 3, 3/2, 3/3 ... times the bulk's edge.
+    spikes: that many decaying directions on top, as training leaves them: 3, 3/2, 3/3 ... times the bulk's edge.
     """
     g = torch.Generator(device=device).manual_seed(seed)
     stacks = []

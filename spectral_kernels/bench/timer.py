@@ -1,7 +1,7 @@
 """The one timer: providers take turns (A, B, A, B, ...), so that a noisy machine disturbs all of them alike.
 
-A ratio is taken round by round and summarized by its median with the 20th and 80th percentile. Absolute times are facts only on a
-GPU whose name is given.
+A ratio is taken round by round and summarized by its median with the 20th and 80th percentile. Absolute times are
+facts only on a GPU whose name is given.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ SLOW = 0.1  # seconds: beyond it the first call's extra cost is lost in the call
 
 
 class Spread(NamedTuple):
-    """Median and the 20th and 80th percentile of `count` samples."""
+    """Median and the 20th and 80th percentile of `rounds` samples."""
 
     median: float
     p20: float
     p80: float
-    count: int
+    rounds: int
 
     def scaled(self, factor: float) -> Spread:
-        return Spread(self.median * factor, self.p20 * factor, self.p80 * factor, self.count)
+        return Spread(self.median * factor, self.p20 * factor, self.p80 * factor, self.rounds)
 
 
 class Clock(Protocol):
@@ -53,10 +53,11 @@ class HostClock:
 
 
 class CudaClock:
-    """Device time between two events around every call, the L2 cache flushed before each; the median over `number` calls.
+    """Device time between two events around every call, the L2 cache flushed before each; median of `number` calls.
 
-    The flush reads a buffer many times the cache's size. A read leaves clean lines: dirty ones (a memset's) would be written back
-    while the call runs. It also keeps the device busy while the host enqueues the call, so that launch gaps stay out of the time.
+    The flush reads a buffer many times the cache's size. A read leaves clean lines: dirty ones (a memset's) would be
+    written back while the call runs. It also keeps the device busy while the host enqueues the call, so that launch
+    gaps stay out of the time.
     """
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
@@ -111,8 +112,8 @@ def interleave(
     """Seconds per call of every provider, one sample a round, providers in turn.
 
     Each provider is warmed up by one call (a fast one by two) and timed to choose how many calls make a sample of about
-    `sample_seconds`. Rounds go on until `seconds` of wall time have passed, but at least `min_rounds` and at most `max_rounds`. Sample i of all providers
-    belongs to round i.
+    `sample_seconds`. Rounds go on until `seconds` of wall time have passed, but at least `min_rounds` and at most
+    `max_rounds`. Sample i of all providers belongs to round i.
     """
     if not calls:
         raise ValueError("no providers to time")

@@ -3,7 +3,8 @@
 Conventions
 -----------
 * A *ragged list* `A` holds stacks `(k_i, m_i, n_i)` of one float dtype on one device, any strides. Its matrices are numbered
-  through in order: N = sum k_i. Callers pass the orientation with n_i <= m_i (`A` or `A.mT`); the words work for any shape.
+  through in order: N = sum k_i. Callers pass `A` or `A.mT`: a block is as long as the last, the tracked side (ops/estimate.py
+  chooses it); the words work for any shape.
 * The accumulation dtype `acc` is float64 for float64 matrices and float32 for every other dtype.
 * *Flat* tensors hold one block per matrix, one after the other, without padding: a flat `(b, n_j)` of acc is a 1-D tensor of
   b * sum n_j numbers. Blocks are stored transposed: row c of matrix j's `(b, n_j)` is column c of V_j.
@@ -91,7 +92,8 @@ def _gram_matvec_fake(A, V, scale, skip, b, with_stats, with_y):
 #   info   (N, INFO_COLUMNS) float64, updated; matrices with done = 1 are left alone
 #   W, S   as gram_matvec returned them; scale (N,) acc as given to it
 #   columns  basis columns before this block: 0, b, 2b, ...
-#   tol    stop when 10 * error <= tol at `min_reads` reads or more; 0: never stop early
+#   tol    stop when 10 * error <= tol at `min_reads` reads or more, one more while frob2 - trace > theta / 2 (a larger value
+#          could hide outside the basis); 0: never stop early
 #   rank   the error estimate covers the `rank` leading Ritz values (1: sigma_max)
 # W is orthogonalized against rows [0, K) of Q twice, then within itself; a column whose remainder is below 8 eps(acc) * theta
 # is deflated: a zero row of Q, zero in R.
@@ -131,3 +133,14 @@ def _block_krylov_fake(A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors
         like.new_empty((total * vectors,), dtype=acc_dtype(like.dtype)),
         like.new_empty(order, dtype=torch.float64),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# krylov_norm: block_krylov for one matrix (m, n) or stack (k, m, n), values only: a backend's short cut for small calls.
+#   -> () or (k,) acc: sigma_max; negative where tol was not proved within `steps` reads
+_library.define("krylov_norm(Tensor A, int b, int steps, int cap, float tol, int min_reads, int seed) -> Tensor")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::krylov_norm")
+def _krylov_norm_fake(A, b, steps, cap, tol, min_reads, seed):
+    return A.new_empty(A.shape[:-2], dtype=acc_dtype(A.dtype))

@@ -43,7 +43,7 @@ def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | N
 def gram_matvec(
     A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.spectral_kernels.gram_matvec(A, V, scale, skip, b, with_stats, with_y)
+    return torch.ops.spectral_kernels.gram_matvec.default(A, V, scale, skip, b, with_stats, with_y)
 
 
 def rayleigh_ritz_(
@@ -61,7 +61,7 @@ def rayleigh_ritz_(
     tol: float,
     min_reads: int,
 ) -> None:
-    torch.ops.spectral_kernels.rayleigh_ritz_(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, min_reads)
+    torch.ops.spectral_kernels.rayleigh_ritz_.default(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, min_reads)
 
 
 def block_krylov(
@@ -77,4 +77,8 @@ def block_krylov(
     vectors: int,
     with_t: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.spectral_kernels.block_krylov(A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors, with_t)
+    return torch.ops.spectral_kernels.block_krylov.default(A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors, with_t)
+
+
+def krylov_norm(A: Tensor, b: int, steps: int, cap: int, tol: float, min_reads: int, seed: int) -> Tensor:
+    return torch.ops.spectral_kernels.krylov_norm.default(A, b, steps, cap, tol, min_reads, seed)

@@ -145,7 +145,10 @@ def rayleigh_ritz_(
         square = residual.square()
         error = torch.where(square > 0, 0.5 * square / (gap + residual).clamp(min=1e-300), square).amax(1)
         rho = residual[:, 0]
-        done = (theta <= 0) | ((info[mine, INFO["reads"]] >= min_reads) & (10 * error <= tol) & (tol > 0)) | (K >= size)
+        trace = projected.diagonal(dim1=1, dim2=2).sum(1)
+        hidden = info[mine, INFO["frob2"]] - trace > 0.5 * theta  # a larger value could hide outside the basis
+        enough = info[mine, INFO["reads"]] >= min_reads + hidden.double()
+        done = (theta <= 0) | (enough & (10 * error <= tol) & (tol > 0)) | (K >= size)
         done |= R.diagonal(dim1=1, dim2=2).amax(1) <= 0
 
         new = info[mine].clone()
@@ -153,7 +156,7 @@ def rayleigh_ritz_(
         new[:, INFO["rho"]] = rho
         new[:, INFO["error"]] = error
         new[:, INFO["sigma"]] = (theta * (1 + rho.square())).sqrt() / scale[mine].double()
-        new[:, INFO["trace"]] = projected.diagonal(dim1=1, dim2=2).sum(1)
+        new[:, INFO["trace"]] = trace
         new[:, INFO["columns"]] = K
         new[:, INFO["done"]] = done.double()
         info[mine] = torch.where(live[:, None], new, info[mine])

@@ -20,11 +20,15 @@ import torch
 from . import composites, reference
 
 WORDS = ("gram_matvec", "rayleigh_ritz_", "block_krylov")
+SHORT_CUTS = ("krylov_norm",)  # a backend that serves block_krylov itself may add one
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT = "SPECTRAL_KERNELS_BACKEND"
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("spectral_kernels_backend", default=None)
+# The environment is read once: a look-up on every call would cost as much as a small norm.
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "spectral_kernels_backend", default=os.environ.get(ENVIRONMENT) or None
+)
 
 
 class BackendUnavailable(RuntimeError):
@@ -54,14 +58,14 @@ class Choice:
 @lru_cache(maxsize=1)
 def table() -> dict[str, dict[str, Kernel]]:
     """word -> backend -> Kernel, for every backend that knows the word."""
-    rows: dict[str, dict[str, Kernel]] = {word: {} for word in WORDS}
+    rows: dict[str, dict[str, Kernel]] = {word: {} for word in (*WORDS, *SHORT_CUTS)}
     modules = {
         "cpu": importlib.import_module(".cpu", __package__),
         "triton": importlib.import_module(".triton", __package__),
         "reference": reference,
     }
     for backend, module in modules.items():
-        for word in WORDS:
+        for word in (*WORDS, *SHORT_CUTS):
             fn = getattr(module, word, None)
             if fn is not None:
                 rows[word][backend] = Kernel(word, backend, fn, module.supports)
@@ -70,7 +74,7 @@ def table() -> dict[str, dict[str, Kernel]]:
 
 def forced() -> str | None:
     """The backend insisted on, if any."""
-    name = _forced.get() or os.environ.get(ENVIRONMENT) or None
+    name = _forced.get()
     if name is not None:
         _check_backend(name)
     return name
@@ -143,3 +147,16 @@ def _words(device_type: str, dtype: torch.dtype, b: int, insist: str | None) -> 
 
 def words(device_type: str, dtype: torch.dtype, b: int) -> Words:
     return _words(device_type, dtype, b, forced())
+
+
+@lru_cache(maxsize=1024)
+def _short_cut(word: str, of: str, device_type: str, dtype: torch.dtype, b: int, insist: str | None) -> Any:
+    choice = _choose(of, device_type, dtype, b, insist)
+    own = table()[of].get(choice.backend)
+    row = table()[word].get(choice.backend)
+    return row.fn if row is not None and own is not None and own.fn is choice.fn else None
+
+
+def short_cut(word: str, of: str, device_type: str, dtype: torch.dtype, b: int) -> Callable[..., Any] | None:
+    """The short cut `word` of the backend that serves the composite `of`, or None."""
+    return _short_cut(word, of, device_type, dtype, b, forced())

@@ -8,27 +8,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import composites, random, registry
+from ..kernels import random, registry
 from ..kernels.contracts import INFO, acc_dtype
 from ..kernels.reference import orthonormalize
 
 BLOCK = 4  # columns; chosen by docs/accuracy.md: 1 is dishonest, 8 costs more bytes per read than it saves reads
 MOST_READS = 64
 BASIS_COLUMNS = 128  # scratch: 132 n + a few n numbers per matrix
-MIN_READS = 3  # the error estimate of fewer reads is not to be trusted (docs/accuracy.md)
+MIN_READS = 3  # one more while energy outside the basis could hide a larger value (docs/accuracy.md)
 
 
 class Estimate(NamedTuple):
     """What a run of the estimator knows; rows in the order of the ragged list's matrices."""
 
     info: Tensor  # (N, INFO_COLUMNS) float64, see kernels/contracts.py
-    X: Tensor  # flat (vectors, short_j) acc: leading Ritz vectors on the shorter side
+    X: Tensor  # flat (vectors, short_j) acc: leading Ritz vectors on the tracked side
     T: Tensor  # (N, K+b, K+b) float64 of scale * A, or empty
 
 
 def oriented(A: Tensor) -> Tensor:
-    """(k, m, n) with the tracked side last: n <= m."""
-    return A if A.shape[2] <= A.shape[1] else A.mT
+    """The stack (k, m, n), or its transpose, with the tracked side last.
+
+    The shorter side, unless the rows along the longer one are contiguous, and the matrix is neither small nor thin: a read in
+    the order of memory is 1.5 to 4 times faster, for a block as long as the longer side. csrc/cpu/matrix.h does the same.
+    """
+    _, m, n = A.shape
+    short, long = (m, n) if m < n else (n, m)
+    swap = n > m
+    if short >= 128 and long <= 16 * short:
+        _, sm, sn = A.stride()
+        if sn == 1 and sm != 1:
+            swap = False
+        elif sm == 1 and sn != 1:
+            swap = True
+    return A.mT if swap else A
+
+
+def tracked(A: Tensor) -> int:
+    """Length of the rows of a block of this stack."""
+    return oriented(A).shape[2]
 
 
 def warm_blocks(V0: Sequence[Tensor], stacks: Sequence[Tensor], seed: int) -> Tensor:
@@ -64,7 +82,7 @@ def estimate(
     """Run block Krylov over a ragged list of stacks (k, m, n), one dtype and device.
 
     steps: exactly so many reads (no host synchronization); otherwise as many as `tol` needs, at most MOST_READS.
-    V0: one (k, b, min(m, n)) block per stack to start from. vectors: leading right singular vectors to return, on the shorter
+    V0: one (k, b, tracked) block per stack to start from. vectors: leading singular vectors to return, on the tracked
     side. with_t: return the projected matrices.
     """
     A = [oriented(a) for a in stacks]
@@ -86,7 +104,3 @@ def estimate(
 def sigma(result: Estimate, dtype: torch.dtype) -> Tensor:
     """(N,) estimates in the dtype in which norms of `dtype` come back."""
     return result.info[:, INFO["sigma"]].to(acc_dtype(dtype))
-
-
-def start_blocks(stacks: Sequence[Tensor], b: int, seed: int) -> Tensor:
-    return composites.start_blocks([oriented(a) for a in stacks], b, seed)

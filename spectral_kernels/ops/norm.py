@@ -13,8 +13,9 @@ from ..kernels import registry
 from ..kernels.contracts import INFO, acc_dtype
 from . import arguments, dense, power, triplet
 from .arguments import Ragged, ragged
-from .estimate import BLOCK, MOST_READS, Estimate, estimate, sigma
+from .estimate import BASIS_COLUMNS, BLOCK, MIN_READS, MOST_READS, Estimate, estimate, sigma, tracked
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 METHODS = ("krylov", "power", "gram", "svd")
 DENSE_FINISH = 1024  # shorter sides up to this finish by a dense method where the reads did not suffice
 
@@ -43,12 +44,12 @@ def spectral_norm(
     method: "krylov" (block Krylov, one read of A a step), "power" (block power iteration on the same kernel), "gram" (repeated
     squaring of the Gram matrix in float64: at most tol above, never below), "svd" (torch.linalg).
     steps: exactly so many reads instead of tol; nothing is sent to the host, so the call can be captured in a CUDA graph.
-    v0: a block (..., 4, min(m, n)) from a former call with return_block=True; a slightly changed matrix then takes one or two
+    v0: a block (..., 4, side) from a former call with return_block=True; a slightly changed matrix then takes one or two
     reads. Its last row is replaced by a random one, keyed by (seed, shape).
     NaN entries give NaN, infinite ones inf, for that matrix alone; an empty matrix 0. The gradient is u v' of the final
     vectors. Not the spectral radius. Source: Musco and Musco 2015 (block Krylov); docs/accuracy.md (stop rule).
     """
-    if type(A) is Tensor and method == "krylov" and v0 is None and not return_block:
+    if type(A) in _PLAIN and method == "krylov" and v0 is None and not return_block:
         value = _fast(A, tol, dim, steps, seed)
         if value is not None:
             return value[..., None, None] if keepdim else value
@@ -86,7 +87,7 @@ def spectral_norm(
     if not return_block:
         return out
     assert X is not None
-    parts = batch.scatter(X, [BLOCK] * len(batch.stacks), batch.short())
+    parts = batch.scatter(X, [BLOCK] * len(batch.stacks), [tracked(a) for a in batch.stacks])
     return out, parts if batch.is_list else parts[0]
 
 
@@ -98,19 +99,20 @@ def _fast(A: Tensor, tol: float, dim: Any, steps: int | None, seed: int) -> Tens
         or dim != (-2, -1)
         or type(seed) is not int
         or (A.requires_grad and torch.is_grad_enabled())
-        or not 4e-6 <= tol < 1
+        or not 4e-6 <= tol < 1  # looser than any dtype's reach: tighter ones are checked on the general way
         or A.dtype not in arguments.FLOATS
         or A.ndim not in (2, 3)
         or A.layout != torch.strided
+        or A.device.type == "meta"
         or triplet.must_be_opaque((A,))
     ):
         return None
-    stack = A if A.ndim == 3 else A.unsqueeze(0)
-    oriented = stack if stack.shape[2] <= stack.shape[1] else stack.mT
-    kernel = registry.words(A.device.type, A.dtype, BLOCK).block_krylov
-    info, _, _ = kernel([oriented], None, BLOCK, MOST_READS, 32 * BLOCK, 1, tol, 3, seed, 0, False)
-    values = finish(Estimate(info, info, info), (stack,), tol, None)
-    return values if A.ndim == 3 else values[0]
+    kernel = registry.short_cut("krylov_norm", "block_krylov", A.device.type, A.dtype, BLOCK)
+    if kernel is None:
+        return None
+    values = kernel(A, BLOCK, MOST_READS, BASIS_COLUMNS, tol, MIN_READS, seed)
+    proved = not bool((values < 0).any()) if A.ndim == 3 else not values < 0
+    return values if proved else None
 
 
 def finish(result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | None) -> Tensor:
@@ -154,7 +156,7 @@ def _check_blocks(v0: Any, batch: Ragged) -> list[Tensor]:
         raise ValueError(f"v0 must hold one block per entry of A: {len(batch.stacks)}, not {len(given)}")
     out = []
     for v, a, shape in zip(given, batch.stacks, batch.batches, strict=True):
-        wanted = (*shape, BLOCK, min(a.shape[1:]))
+        wanted = (*shape, BLOCK, tracked(a))
         if not isinstance(v, Tensor):
             raise TypeError(f"v0 must be a tensor or a list of tensors, not {type(v).__name__}")
         if tuple(v.shape) != wanted or v.dtype != acc_dtype(a.dtype) or v.device != a.device:

@@ -1,4 +1,4 @@
-"""Cases: the error check rejects what is wrong, rivals are as accurate as their tuning says, records tell what happened."""
+"""Cases: the error check rejects what is wrong, rivals are as accurate as tuned, records tell what happened."""
 
 from __future__ import annotations
 
@@ -62,6 +62,12 @@ def test_a_wrong_result_is_a_failure_however_fast(value):
     record = run(problem(value), {"ours": 1e-9, "rival": 10.0})
     assert record["status"] == "wrong" and "value" not in record
     assert measure.failures([record]) == [record]
+
+
+def test_an_error_that_is_not_a_number_is_a_failure():
+    p = problem(1.0)
+    p.error = lambda value: math.nan
+    assert run(p)["status"] == "wrong"
 
 
 def test_a_result_that_goes_wrong_while_it_is_timed_is_a_failure():

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: the same logic over the interpreter on tiny shapes, its deadline, and what must make it fail."""
+"""`make gpu` without a GPU: its logic over the interpreter on tiny shapes, its deadline, and what must make it fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables: made from result files and nothing else, stale ones detected, result files without names; the command `bench`."""
+"""Tables: made from result files alone, stale ones detected, result files without names; the command `bench`."""
 
 from __future__ import annotations
 

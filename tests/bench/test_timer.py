@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 
 import pytest
+import torch
 
-from spectral_kernels.bench.timer import MOST_CALLS, HostClock, Spread, interleave, ratio, spread
+from spectral_kernels.bench.timer import MOST_CALLS, CudaClock, HostClock, Spread, interleave, ratio, spread
 
 
 class ScriptedClock:
@@ -55,7 +56,7 @@ def test_ratio_is_taken_round_by_round():
 def test_spread_against_the_standard_library(count):
     values = [float((7 * i) % count) ** 1.5 for i in range(count)]
     got = spread(values)
-    assert got.median == pytest.approx(statistics.median(values)) and got.count == count
+    assert got.median == pytest.approx(statistics.median(values)) and got.rounds == count
     if count > 1:
         fifths = statistics.quantiles(values, n=5, method="inclusive")
         assert (got.p20, got.p80) == (pytest.approx(fifths[0]), pytest.approx(fifths[3]))
@@ -106,3 +107,30 @@ def test_garbage_collection_is_on_again_after_a_provider_that_raises():
     with pytest.raises(RuntimeError, match="broken"):
         interleave({"broken": broken}, seconds=0, min_rounds=5, sample_seconds=0)
     assert gc.isenabled()
+
+
+def test_cuda_clock_flushes_before_every_call_and_converts_to_seconds(monkeypatch):
+    log: list[str] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, after: Event) -> float:
+            assert after.number == self.number + 1 and log[-1] == "synchronize"
+            return {1: 5.0, 3: 1.0, 5: 3.0}[self.number]  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    monkeypatch.setattr(torch, "sum", lambda buffer, dim, out: log.append(f"flush {buffer}"))
+    clock = CudaClock.__new__(CudaClock)  # its buffer needs a device
+    clock.device, clock.buffer, clock.sink = torch.device("cuda"), "buffer", None
+    assert clock.sample(lambda: log.append("call"), 3) == pytest.approx(3e-3)
+    assert log == ["flush buffer", "event", "call", "event"] * 3 + ["synchronize"]

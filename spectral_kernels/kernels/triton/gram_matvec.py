@@ -21,6 +21,7 @@ from torch import Tensor
 from ..contracts import counts
 from .ragged import Table, on, table
 
+ROW, COLUMN, STRIDED = 0, 1, 2  # inner stride 1 on n, aligned for wide loads | the same on m | anything else
 FIELDS = tl.constexpr(12)  # int64 numbers per matrix in the table, see `_describe`
 RECORD = tl.constexpr(32)  # float64 numbers a chunk reports: S (4, 4), then ||.||_F^2, max |.|, the rest unused
 
@@ -123,8 +124,6 @@ def read_kernel(
         mine = table + j * FIELDS
         kind = tl.load(mine + 5)
         f = tl.load(scale + j)
-        m = tl.load(mine + 1).to(tl.int32)
-        rows = tl.load(mine + 6).to(tl.int32)
         v = V + tl.load(mine + 8)
         y = Y + tl.load(mine + 9)
         w = partial + tl.load(mine + 10) + chunk.to(tl.int64) * b * tl.load(mine + 2)
@@ -144,12 +143,13 @@ def read_kernel(
         elif kind == 6:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 1, True, VECTOR, STATS, STAGES)
         elif kind == 7:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 2, False, VECTOR, STATS, STAGES)
+            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 2, False, VECTOR, STATS, 1)
         else:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 2, True, VECTOR, STATS, STAGES)
+            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 2, True, VECTOR, STATS, 1)
         tl.debug_barrier()  # S comes from the Y that all threads of this program have written
-        first = chunk * rows
-        stop = tl.minimum(first + rows, m)
+        m = tl.load(mine + 1).to(tl.int32)
+        first = chunk * tl.load(mine + 6).to(tl.int32)
+        stop = tl.minimum(first + tl.load(mine + 6).to(tl.int32), m)
         left = tl.arange(0, 4)[None, :, None]
         right = tl.arange(0, 4)[None, None, :]
         S = tl.zeros((1, 4, 4), tl.float64)
@@ -203,3 +203,120 @@ def add_kernel(
         tl.store(stats + 4 * j + 1, amax)
         tl.store(stats + 4 * j + 2, (frob2 != frob2).to(tl.float64))
         tl.store(stats + 4 * j + 3, (amax == float("inf")).to(tl.float64))
+
+
+# Configurations. One launch has one number of warps, so one serves all kinds; nothing here has been timed on a GPU yet.
+#   16 warps: the 4 x 4096 numbers of V and of W are 32 registers each of the 128 that a thread of 512 can have (AMD: 8 warps
+#     of 64). Tiles hold 4096 entries, 8 a thread; 4 stages keep three tiles in flight through shared memory (48 KB in fp32,
+#     AMD: 2 stages, 64 KB of LDS).
+#   kind 0-3: inner stride 1 on n.  kind 4-6: inner stride 1 on m, 32 or 8 rows of consecutive addresses.  kind 7-8: other.
+#   4096 columns are the widest row that one read serves; beyond (and beyond 512 for kind 4-6, 128 for other) the panel of 32
+#     rows is loaded twice, and whether L2 serves the second load depends on the number of panels in flight.
+KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 32), (512, 8)), STRIDED: ((128, 32),)}
+FIRST_KIND = {ROW: 0, COLUMN: 4, STRIDED: 7}
+PANEL = 32  # rows of a long chunk
+VECTOR = 4  # entries a load: 16 bytes of float32, 8 bytes of the half types (16 would double the registers of V and W)
+ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+BLOCK_LIMIT = 4  # columns of V: the block is padded to 4 in registers
+ADD_CHUNKS, ADD_WIDTH = 16, 256  # 16 partial sums side by side, 4 warps
+
+
+def launch_options() -> dict[str, int]:
+    """Options of `read_kernel` on this machine; `STAGES` is a constant of the kernel, the rest belongs to the compiler."""
+    hip = torch.version.hip is not None
+    return {"STAGES": 2 if hip else 4, "num_warps": 8 if hip else 16}
+
+
+def _form(address: int, m: int, n: int, sm: int, sn: int, itemsize: int) -> int:
+    if address % 16 == 0 and sn == 1 and n % VECTOR == 0 and sm % VECTOR == 0:
+        return ROW
+    if address % 16 == 0 and sm == 1 and m % VECTOR == 0 and sn % VECTOR == 0:
+        return COLUMN
+    return STRIDED
+
+
+def _chunks(m: int, n: int, form: int) -> tuple[int, int]:
+    """(kind, rows of a chunk), from the shape and the form alone.
+
+    About 256 chunks a matrix fill a GPU; at least 32 rows each keep the partial sums (4 n fp32) at 1/8 of the matrix, and at
+    most 2048 rows each keep a serial sum short.
+    """
+    rows = min(max(32, -(-m // 256)), 2048)
+    for place, (width, tile) in enumerate(KINDS[form]):
+        if n <= width:
+            unit = max(tile, VECTOR)
+            return FIRST_KIND[form] + place, -(-rows // unit) * unit
+    return FIRST_KIND[form] + len(KINDS[form]), PANEL
+
+
+def _describe(A: Sequence[Tensor], b: int) -> tuple[list[int], tuple[int, ...]]:
+    """The table: FIELDS numbers per matrix, then the items of `read_kernel`, then those of `add_kernel`."""
+    fields: list[int] = []
+    reads: list[tuple[int, int, int]] = []  # (entries of a chunk, matrix, chunks)
+    adds: list[int] = []
+    v = y = partial = records = j = 0
+    hollow = int(any(a.shape[2] == 0 for a in A))
+    for a in A:
+        k, m, n = a.shape
+        size = a.element_size()
+        for i in range(k):
+            address = a.data_ptr() + i * a.stride(0) * size
+            form = _form(address, m, n, a.stride(1), a.stride(2), size)
+            kind, rows = _chunks(m, n, form)
+            chunks = -(-m // rows) if n else 0
+            fields += (address, m, n, a.stride(1), a.stride(2), kind, rows, chunks, v, y, partial, records)
+            reads.append((rows * n, j, chunks))
+            adds += (j << 32 | block for block in range(max(1, -(-b * n // ADD_WIDTH))))
+            v += b * n
+            y += b * m
+            partial += chunks * b * n
+            records += chunks
+            j += 1
+    reads.sort(key=lambda read: -read[0])  # the long chunks first: none starts last and alone
+    items = [j << 32 | chunk for _, j, chunks in reads for chunk in range(chunks)]
+    return fields + items + adds, (len(fields), len(items), len(adds), y, partial, records, hollow)
+
+
+def _table(A: Sequence[Tensor], b: int, device: torch.device) -> Table:
+    key = ("gram_matvec", b, A[0].dtype, tuple((a.data_ptr(), a.shape, a.stride()) for a in A))
+    return table(key, device, lambda: _describe(A, b))
+
+
+def gram_matvec(
+    A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W = A'(A V), S = (A V)'(A V), statistics of the first read; see contracts.py. Two launches, no host sync."""
+    N = counts(A)
+    W = torch.empty_like(V)
+    S = V.new_empty((N, b, b), dtype=torch.float64)
+    stats = V.new_empty((N, 4), dtype=torch.float64)
+    if N == 0:
+        return W, S, stats, V.new_empty(0)
+    described = _table(A, b, V.device)
+    start, reads, adds, rows, partials, chunks, hollow = described.sizes
+    # no chunk writes the Y of a skipped matrix or of one without columns, which is 0
+    fill = torch.zeros if with_y and (skip is not None or hollow) else torch.empty
+    Y = fill(rows, dtype=V.dtype, device=V.device)
+    partial = V.new_empty(partials)
+    records = V.new_empty(chunks * RECORD.value, dtype=torch.float64)
+    gone = described.tensor if skip is None else skip
+    gone = gone.view(torch.uint8)
+    with on(V.device):
+        if reads:
+            read_kernel[(reads,)](
+                described.tensor, V, scale, gone, partial, records, Y, start, b, int(skip is not None),
+                ELEMENT=ELEMENTS[A[0].dtype], VECTOR=VECTOR, STATS=with_stats, **launch_options(),
+            )  # fmt: skip
+        add_kernel[(adds,)](
+            described.tensor, gone, partial, records, W, S, stats, start + reads, b, int(skip is not None),
+            int(with_stats), CHUNKS=ADD_CHUNKS, WIDTH=ADD_WIDTH, num_warps=4,
+        )  # fmt: skip
+    return W, S, stats, Y if with_y else V.new_empty(0)
+
+
+def supports(dtype: torch.dtype, b: int) -> str | None:
+    if dtype not in ELEMENTS:
+        return f"the Triton kernel reads float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if not 1 <= b <= BLOCK_LIMIT:
+        return f"the Triton kernel holds blocks of 1 to {BLOCK_LIMIT} columns in registers, not {b}"
+    return None

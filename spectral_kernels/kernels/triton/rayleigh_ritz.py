@@ -1,0 +1,321 @@
+"""The small algebra of one block Krylov step, one program per matrix, one launch.
+
+    W <- W - Q'(Q W), twice; then within the block: W = X R, columns at noise level deflated
+    T_K = T with Y'Y as its last diagonal block (K = columns + b);   its leading pairs (theta_p, z_p), p <= rank
+    rho_p = ||A'A Q z_p - theta_p Q z_p|| / theta_1,   rho_p^2 theta_1^2 = ||R z_p[last block]||^2 + ||T z_p - theta_p z_p||^2
+    error = max_p 0.5 rho_p^2 / ((theta_p - theta_(rank+1)) / theta_1 + rho_p)
+
+The pairs come from repeated squaring: M = T^(2^20) / trace is theta_1's projector up to eigenvalues closer than 2^-20, and a
+component at relative distance d leaves d exp(-2^20 d) <= 4e-7 in the residual, whatever the spectrum. Squaring is in float32
+(noise of the same size); the vector is polished by power steps with T in float64, theta is its float64 Rayleigh quotient,
+hence a lower bound, and what is left of its own residual is counted in rho. The next pair is that of T - theta z z'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..contracts import INFO_COLUMNS
+from .ragged import on, table
+
+EPS = tl.constexpr(2.0**-23)
+INFO_FIELDS = tl.constexpr(INFO_COLUMNS)
+
+
+@triton.jit
+def _within(X, R, W, floor):
+    """Gram-Schmidt of the rows of W (1, 4, COLS), each twice against the rows before it: X, R (1, 4, 4) with W = R'X."""
+    i = tl.arange(0, 4)[None, :, None]
+    j = tl.arange(0, 4)[None, None, :]
+    for c in tl.static_range(4):
+        w = tl.sum(tl.where(i == c, W, 0.0), axis=1, keep_dims=True)  # (1, 1, COLS)
+        for _ in tl.static_range(2):
+            h = tl.sum(w * X, axis=2, keep_dims=True)  # (1, 4, 1)
+            w -= tl.sum(h * X, axis=1, keep_dims=True)
+            R += tl.where(j == c, h.to(tl.float64), 0.0)
+        square = w.to(tl.float64)
+        norm = tl.sqrt(tl.sum(square * square, axis=2, keep_dims=True))  # (1, 1, 1)
+        kept = norm > floor
+        X = tl.where((i == c) & kept, w * (1.0 / tl.where(kept, norm, 1.0)).to(tl.float32), X)
+        R = tl.where((i == c) & (j == c), tl.where(kept, norm, 0.0), R)
+    return X, R
+
+
+@triton.jit
+def _orthonormalize(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """X and R of a block whose rows fit in registers; X goes to rows [K, K + b) of Q and to V."""
+    i = tl.arange(0, 4)[None, :, None]
+    c = tl.arange(0, COLS)[None, None, :]
+    keep = (i < b) & (c < n)
+    W = tl.load(w + i * n + c, mask=keep, other=0.0)
+    for _ in range(2):
+        for start in range(0, K, ROWS):
+            k = start + tl.arange(0, ROWS)[:, None, None]
+            rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)  # (ROWS, 1, COLS)
+            h = tl.sum(rows * W, axis=2, keep_dims=True)  # (ROWS, 4, 1)
+            W -= tl.sum(rows * h, axis=0, keep_dims=True)
+    R = tl.zeros((1, 4, 4), tl.float64)
+    X, R = _within(tl.zeros((1, 4, COLS), tl.float32), R, W, floor)
+    tl.store(q + K.to(tl.int64) * n + i * n + c, X, mask=keep)
+    tl.store(v + i * n + c, X, mask=keep)
+    return R
+
+
+@triton.jit
+def _orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The same for longer rows, worked on in place in rows [K, K + b) of Q; barriers where threads read others' stores."""
+    i = tl.arange(0, 4)[None, :, None]
+    j = tl.arange(0, 4)[None, None, :]
+    x = q + K.to(tl.int64) * n
+    for first in range(0, n, COLS):
+        c = first + tl.arange(0, COLS)[None, None, :]
+        keep = (i < b) & (c < n)
+        tl.store(x + i * n + c, tl.load(w + i * n + c, mask=keep, other=0.0), mask=keep)
+    tl.debug_barrier()
+    for _ in range(2):
+        for start in range(0, K, ROWS):
+            k = start + tl.arange(0, ROWS)[:, None, None]
+            h = tl.zeros((ROWS, 4, 1), tl.float32)
+            for first in range(0, n, COLS):
+                c = first + tl.arange(0, COLS)[None, None, :]
+                rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
+                W = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
+                h += tl.sum(rows * W, axis=2, keep_dims=True)
+            tl.debug_barrier()
+            for first in range(0, n, COLS):
+                c = first + tl.arange(0, COLS)[None, None, :]
+                rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
+                W = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
+                tl.store(x + i * n + c, W - tl.sum(rows * h, axis=0, keep_dims=True), mask=(i < b) & (c < n))
+            tl.debug_barrier()
+    R = tl.zeros((1, 4, 4), tl.float64)
+    for row in range(0, b):
+        for _ in range(2):
+            h = tl.zeros((1, 4, 1), tl.float32)
+            for first in range(0, n, COLS):
+                c = first + tl.arange(0, COLS)[None, None, :]
+                W = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
+                h += tl.sum(tl.sum(tl.where(i == row, W, 0.0), axis=1, keep_dims=True) * W, axis=2, keep_dims=True)
+            h = tl.where(i < row, h, 0.0)
+            R += tl.where(j == row, h.to(tl.float64), 0.0)
+            tl.debug_barrier()
+            for first in range(0, n, COLS):
+                c = first + tl.arange(0, COLS)[None, None, :]
+                W = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
+                tl.store(x + i * n + c, W - tl.sum(h * W, axis=1, keep_dims=True), mask=(i == row) & (c < n))
+            tl.debug_barrier()
+        square = tl.zeros((1, 1, 1), tl.float64)
+        for first in range(0, n, COLS):
+            c = first + tl.arange(0, COLS)[None, None, :]
+            W = tl.load(x + row * n + c, mask=c < n, other=0.0).to(tl.float64)
+            square += tl.sum(W * W, axis=2, keep_dims=True)
+        norm = tl.sqrt(square)
+        kept = norm > floor
+        inverse = tl.where(kept, 1.0 / tl.where(kept, norm, 1.0), 0.0).to(tl.float32)
+        R = tl.where((i == row) & (j == row), tl.where(kept, norm, 0.0), R)
+        tl.debug_barrier()
+        for first in range(0, n, COLS):
+            c = first + tl.arange(0, COLS)[None, None, :]
+            W = tl.load(x + row * n + c, mask=c < n, other=0.0)
+            tl.store(x + row * n + c, tl.where(kept, W * inverse, 0.0), mask=c < n)
+            tl.store(v + row * n + c, tl.where(kept, W * inverse, 0.0), mask=c < n)
+        tl.debug_barrier()
+    return R
+
+
+@triton.jit
+def _projected(t, s, columns, K, b, order, ORDER: tl.constexpr):
+    """T_K (ORDER, ORDER) float64, zero beyond K: what T holds, with (S + S') / 2 as its last diagonal block."""
+    r = tl.arange(0, ORDER)[:, None]
+    c = tl.arange(0, ORDER)[None, :]
+    inside = (r < K) & (c < K)
+    last = inside & (r >= columns) & (c >= columns)
+    old = tl.load(t + r * order + c, mask=inside & ((r < columns) | (c < columns)), other=0.0)
+    upper = tl.load(s + (r - columns) * b + c - columns, mask=last, other=0.0)
+    lower = tl.load(s + (c - columns) * b + r - columns, mask=last, other=0.0)
+    return old + 0.5 * (upper + lower)
+
+
+@triton.jit
+def _pair(P, ORDER: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr):
+    """Leading pair of a symmetric P (ORDER, ORDER) float64: theta, z (ORDER, 1), ||P z - theta z||^2; zeros where P is 0."""
+    r = tl.arange(0, ORDER)[:, None]
+    c = tl.arange(0, ORDER)[None, :]
+    trace = tl.sum(tl.sum(tl.where(r == c, P, 0.0), axis=1), axis=0)
+    M = (P * (1.0 / tl.where(trace > 0, trace, 1.0))).to(tl.float32)
+    for _ in range(SQUARINGS):
+        M = tl.dot(M, M, input_precision=PRECISION, out_dtype=tl.float32)
+        part = tl.sum(tl.sum(tl.where(r == c, M, 0.0), axis=1), axis=0)
+        M = M * (1.0 / tl.where(part > 0, part, 1.0))
+    diagonal = tl.sum(tl.where(r == c, M, 0.0), axis=0, keep_dims=True)  # (1, ORDER), z_i^2
+    top = tl.max(tl.max(diagonal, axis=1), axis=0)
+    which = tl.min(tl.min(tl.where(diagonal == top, c, ORDER - 1), axis=1), axis=0)
+    across = tl.sum(tl.where(r == which, M, 0.0), axis=0, keep_dims=True).to(tl.float64)  # (1, ORDER), along z
+    for _ in range(4):  # two power steps each
+        down = tl.sum(P * across, axis=1, keep_dims=True)
+        across = tl.sum(P * down, axis=0, keep_dims=True)
+        square = tl.sum(tl.sum(across * across, axis=1), axis=0)
+        across = across * (1.0 / tl.sqrt(tl.where(square > 0, square, 1.0)))
+    z = tl.sum(tl.where(r == c, across, 0.0), axis=1, keep_dims=True)  # (ORDER, 1), the same vector
+    down = tl.sum(P * across, axis=1, keep_dims=True)
+    theta = tl.sum(tl.sum(z * down, axis=1), axis=0)
+    rest = down - theta * z
+    return theta, z, tl.sum(tl.sum(rest * rest, axis=1), axis=0)
+
+
+@triton.jit(do_not_specialize=[
+    "table", "Q", "V", "T", "info", "W", "S", "scale", "Z", "b", "columns", "order", "rank", "tol", "min_reads",
+])  # fmt: skip
+def step_kernel(
+    table, Q, V, T, info, W, S, scale, Z, b, columns, order, rank, tol, min_reads,
+    ORDER: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one matrix. `order`: rows of T and of Q; ORDER: the power of two that holds K = columns + b."""
+    j = tl.program_id(0).to(tl.int64)
+    row = info + j * INFO_FIELDS
+    if tl.load(row + 5) == 0:
+        n = tl.load(table + 2 * j).to(tl.int32)
+        offset = tl.load(table + 2 * j + 1)
+        q = Q + offset * order
+        v = V + offset * b
+        w = W + offset * b
+        t = T + j * order * order
+        s = S + j * b * b
+        K = columns + b
+        d = tl.arange(0, ORDER)
+        diagonal = tl.load(t + d * (order + 1), mask=d < columns, other=0.0)
+        diagonal += tl.load(s + (d - columns) * (b + 1), mask=(d >= columns) & (d < K), other=0.0)
+        floor = 8 * EPS * tl.max(diagonal, axis=0)
+        if n <= 512:
+            R = _orthonormalize(q, w, v, n, K, b, floor, 8, 512)
+        elif n <= 4096:
+            R = _orthonormalize(q, w, v, n, K, b, floor, 1, 4096)
+        else:
+            R = _orthonormalize_long(q, w, v, n, K, b, floor, 16, 256)
+
+        P = _projected(t, s, columns, K, b, order, ORDER)
+        across = tl.arange(0, ORDER)[None, :]
+        down = tl.arange(0, ORDER)[:, None]
+        last = tl.arange(0, 4)[None, None, :]
+        p16 = tl.arange(0, 16)
+        thetas = tl.zeros((16,), tl.float64)
+        squares = tl.zeros((16,), tl.float64)
+        z = Z + j * 16 * ORDER
+        pairs = tl.minimum(rank, K)
+        for p in range(0, pairs + 1):
+            if p < K:
+                if p > 0:  # T without the pairs found before
+                    theta = tl.sum(tl.where(p16 == p - 1, thetas, 0.0), axis=0)
+                    before = z + (p - 1) * ORDER
+                    P -= theta * tl.load(before + down) * tl.load(before + across)
+                theta, vector, inner = _pair(P, ORDER, SQUARINGS, PRECISION)
+                tl.store(z + p * ORDER + down, vector)
+                tl.debug_barrier()
+                end = tl.load(z + p * ORDER + columns + last, mask=last < b, other=0.0)
+                outer = tl.sum(R * end, axis=2, keep_dims=True)  # (1, 4, 1)
+                outer = tl.sum(tl.sum(tl.sum(outer * outer, axis=2), axis=1), axis=0)
+                thetas = tl.where(p16 == p, theta, thetas)
+                squares = tl.where(p16 == p, inner + outer, squares)
+
+        theta = tl.maximum(tl.sum(tl.where(p16 == 0, thetas, 0.0), axis=0), 0.0)
+        safe = tl.where(theta > 0, theta, 1.0)
+        below = tl.sum(tl.where(p16 == pairs, thetas, 0.0), axis=0)
+        gap = tl.maximum((thetas - below) / safe, 0.0)
+        residual = tl.sqrt(squares) / safe
+        near = gap + residual
+        error = tl.where(residual > 0, 0.5 * residual * residual / tl.where(near > 0, near, 1.0), 0.0)
+        error = tl.max(tl.where(p16 < pairs, error, 0.0), axis=0)
+        rho = tl.sum(tl.where(p16 == 0, residual, 0.0), axis=0)
+        x = tl.arange(0, 4)[None, :, None]
+        y = tl.arange(0, 4)[None, None, :]
+        fresh = tl.max(tl.max(tl.max(tl.where(x == y, R, 0.0), axis=2), axis=1), axis=0)
+        S4 = 0.5 * (
+            tl.load(s + x * b + y, mask=(x < b) & (y < b), other=0.0)
+            + tl.load(s + y * b + x, mask=(x < b) & (y < b), other=0.0)
+        )
+        diagonal = tl.where(d < columns, diagonal, 0.0)
+        trace = tl.sum(diagonal, axis=0) + tl.sum(tl.sum(tl.sum(tl.where(x == y, S4, 0.0), axis=2), axis=1), axis=0)
+        hidden = tl.load(row + 8) - trace > 0.5 * theta
+        enough = tl.load(row + 4) >= min_reads + hidden.to(tl.float64)
+        done = (theta <= 0) | (enough & (10 * error <= tol) & (tol > 0)) | (K >= n) | (fresh <= 0)
+        tl.store(row, tl.sqrt(theta * (1 + rho * rho)) / tl.load(scale + j).to(tl.float64))
+        tl.store(row + 1, theta)
+        tl.store(row + 2, rho)
+        tl.store(row + 3, error)
+        tl.store(row + 5, done.to(tl.float64))
+        tl.store(row + 11, trace)
+        tl.store(row + 12, K.to(tl.float64))
+        block = (x < b) & (y < b)
+        tl.store(t + (columns + x) * order + columns + y, S4, mask=block)
+        tl.store(t + (K + x) * order + columns + y, R, mask=block)
+        tl.store(t + (columns + y) * order + K + x, R, mask=block)
+
+
+# Configurations: 8 warps, so that a tile of T in float64 is 128 of the 255 registers at ORDER = 128 and the block of W is 64
+# at n = 4096. One compilation per power of two above K.
+ORDERS = (16, 32, 64, 128)
+SQUARINGS = 20
+RANK_LIMIT = 15  # pairs kept: 16
+BLOCK_LIMIT = 4
+NUM_WARPS = 8
+
+
+def precision() -> str:
+    """How float32 products are made: three TF32 products on NVIDIA's tensor cores, AMD's units multiply float32 as it is."""
+    return "ieee" if torch.version.hip is not None else "tf32x3"
+
+
+def _describe(n: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+    entries: list[int] = []
+    offset = 0
+    for size in n:
+        entries += (size, offset)
+        offset += size
+    return entries, (offset,)
+
+
+def rayleigh_ritz_(
+    n: Sequence[int],
+    Q: Tensor,
+    V: Tensor,
+    T: Tensor,
+    info: Tensor,
+    W: Tensor,
+    S: Tensor,
+    scale: Tensor,
+    b: int,
+    columns: int,
+    rank: int,
+    tol: float,
+    min_reads: int,
+) -> None:
+    """One step of block Krylov after its read, in one launch; see contracts.py. No host sync."""
+    K = columns + b
+    order = next((power for power in ORDERS if power >= K), 0)
+    if not order:
+        raise NotImplementedError(f"the Triton rayleigh_ritz_ holds up to {ORDERS[-1]} basis columns, not {K}")
+    if rank > RANK_LIMIT:
+        raise NotImplementedError(f"the Triton rayleigh_ritz_ follows up to {RANK_LIMIT} Ritz values, not {rank}")
+    if not len(n):
+        return
+    sizes = tuple(n)
+    described = table(("rayleigh_ritz_", sizes), V.device, lambda: _describe(sizes))
+    Z = V.new_empty(len(n) * 16 * order, dtype=torch.float64)
+    with on(V.device):
+        step_kernel[(len(n),)](
+            described.tensor, Q, V, T, info, W, S, scale, Z, b, columns, T.shape[1], rank, tol, min_reads,
+            ORDER=order, SQUARINGS=SQUARINGS, PRECISION=precision(), num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def supports(dtype: torch.dtype, b: int) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernel accumulates in float32, not for {str(dtype).removeprefix('torch.')}"
+    if not 1 <= b <= BLOCK_LIMIT:
+        return f"the Triton kernel holds blocks of 1 to {BLOCK_LIMIT} columns in registers, not {b}"
+    return None
