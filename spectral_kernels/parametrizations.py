@@ -242,10 +242,14 @@ def _write_back(
         x = unit[mine].mT.to(w.dtype) @ w  # (k, BLOCK, n)
         other = (Z[mine, :, :1].mT.to(y.dtype) @ y)[:, 0]  # (k, m)
         block = torch.stack(blocks[mine]).to(w.dtype)
+        before = torch.stack(right[mine]).to(w.dtype)
+        # eigenvectors come with either sign: keep the direction, for averages of state_dicts
+        sign = torch.where((x[:, 0] * before).sum(1) < 0, -1.0, 1.0)[:, None]
+        x[:, 0] *= sign
+        other *= sign
         if not all_live:
             keep = ~live[mine, None]
-            before = torch.cat((torch.stack(right[mine])[:, None], block[:, 1:]), 1)
-            x = torch.where(keep[..., None], before, x)
+            x = torch.where(keep[..., None], torch.cat((before[:, None], block[:, 1:]), 1), x)
             other = torch.where(keep, torch.stack(left[mine]), other)
         torch._foreach_copy_(right[mine], x[:, 0].unbind())
         torch._foreach_copy_(left[mine], other.unbind())

@@ -71,7 +71,7 @@ std::vector<T> start_block(int64_t m, int64_t n, int64_t b, int64_t seed, int64_
     }
   }
   std::vector<double> r(b * b);
-  BlockQr<T> qr{v.data(), b, ldn, 1e-6 * std::sqrt(double(std::max<int64_t>(n, 1))), r.data()};
+  BlockQr<T> qr{v.data(), b, ldn, 1e-6 * std::sqrt(double(std::max<int64_t>(n, 1))), r.data(), 1};
   run(qr);
   return v;
 }
@@ -81,12 +81,26 @@ bool extend(Step<T>& s) {
   const int64_t K = s.columns + s.b;
   double largest = 0;
   for (int64_t i = 0; i < K; ++i) largest = std::max(largest, s.t[i * s.ldt + i]);
+  RowNorm<T> norm{s.w, s.b, s.ldn, 0};
+  run(norm);
+  largest = std::max(largest, norm.largest);
   Project<T> project{s.w, multiple_of_4(s.b), s.q, multiple_of_4(K), s.ldn};
   run(project);
   run(project);
   std::vector<double> r(s.b * s.b);
-  BlockQr<T> qr{s.w, s.b, s.ldn, 8 * epsilon<T>() * largest, r.data()};
+  BlockQr<T> qr{s.w, s.b, s.ldn, 8 * epsilon<T>() * largest, r.data(), 1};
   run(qr);
+  if (qr.cancelled < 0.01) {
+    // Nearly collinear rows: what is left of one may lie in the basis again. Once more from unit length; noise goes.
+    std::vector<double> second(s.b * s.b), product(s.b * s.b, 0.0);
+    run(project);
+    BlockQr<T> again{s.w, s.b, s.ldn, 0.5, second.data(), 1};
+    run(again);
+    for (int64_t i = 0; i < s.b; ++i)
+      for (int64_t k = i; k < s.b; ++k)
+        for (int64_t j = k; j < s.b; ++j) product[i * s.b + j] += second[i * s.b + k] * r[k * s.b + j];
+    r = product;
+  }
   std::memcpy(s.q + K * s.ldn, s.w, sizeof(T) * s.b * s.ldn);
   bool any = false;
   for (int64_t a = 0; a < s.b; ++a) {

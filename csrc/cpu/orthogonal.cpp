@@ -7,6 +7,8 @@
 
 namespace sk {
 
+SK_DISPATCH(row_norm_f32, RowNorm<float>)
+SK_DISPATCH(row_norm_f64, RowNorm<double>)
 SK_DISPATCH(project_f32, Project<float>)
 SK_DISPATCH(project_f64, Project<double>)
 SK_DISPATCH(block_qr_f32, BlockQr<float>)

@@ -6,6 +6,15 @@
 namespace sk {
 
 template <class T>
+struct RowNorm {  // the largest length of a row of w (b, ld)
+  const T* w;
+  int64_t b, ld;
+  double largest;
+};
+void row_norm_f32(RowNorm<float>& args);
+void row_norm_f64(RowNorm<double>& args);
+
+template <class T>
 struct Project {  // w -= (w q') q, four basis rows at a time: (b4, ld) against (k, ld), k a multiple of 4
   T* w;
   int64_t b4;
@@ -16,11 +25,12 @@ void project_f32(Project<float>& args);
 void project_f64(Project<double>& args);
 
 template <class T>
-struct BlockQr {  // rows of w (b, ld) -> orthonormal rows, r (b, b) with column c = coefficients of the old row c; floor: deflate
+struct BlockQr {  // rows of w (b, ld) -> orthonormal rows, r (b, b) with column c = coefficients of the old row c
   T* w;
   int64_t b, ld;
-  double floor;
+  double floor;  // rows whose remainder is not above it become zero rows
   double* r;
+  double cancelled;  // result: the smallest ratio of a kept remainder to its row's length
 };
 void block_qr_f32(BlockQr<float>& args);
 void block_qr_f64(BlockQr<double>& args);
@@ -37,6 +47,8 @@ struct Combine {  // out (rows, ldo) = coefficients (rows, k) q (k, ldq), `width
 void combine_f32(Combine<float>& args);
 void combine_f64(Combine<double>& args);
 
+inline void run(RowNorm<float>& a) { row_norm_f32(a); }
+inline void run(RowNorm<double>& a) { row_norm_f64(a); }
 inline void run(Project<float>& a) { project_f32(a); }
 inline void run(Project<double>& a) { project_f64(a); }
 inline void run(BlockQr<float>& a) { block_qr_f32(a); }

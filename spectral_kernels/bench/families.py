@@ -86,6 +86,13 @@ def _spike(p: int, g: torch.Generator) -> Tensor:
     return s
 
 
+def _close_second(p: int, g: torch.Generator) -> Tensor:
+    """Fast decay behind a close second value: where an unlucky start settles on sigma_2 (docs/accuracy.md)."""
+    s = 0.985 * 0.85 ** (_index(p) - 1)
+    s[:1] = 1
+    return s
+
+
 def _low_rank(rank: int) -> Callable[[int, int, torch.Generator], Case]:
     def make(m: int, n: int, g: torch.Generator) -> Case:
         signal = _randn(m, rank, g) @ _randn(rank, n, g)
@@ -133,6 +140,7 @@ FAMILIES: dict[str, tuple[tuple[float, float], Callable[[int, int, torch.Generat
     "two values": ((1, 1.25), _spectrum(_two_valued)),
     "seven values": ((1.25, 1), _spectrum(_few_valued)),
     "near tie": ((1.25, 1), _spectrum(_near_tie)),
+    "close second": ((1, 1), _spectrum(_close_second)),
     "spike": ((1, 1), _spectrum(_spike)),
     "heavy tails": ((1.5, 1), _heavy_tailed),
     "sparse": ((1, 2), _sparse),

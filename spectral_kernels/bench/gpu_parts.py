@@ -24,7 +24,6 @@ from .timer import Call, Clock, HostClock, clock_for
 Outcome = dict[str, str]
 Step = tuple[list[Outcome], str, list[Record]]
 CASE_SECONDS = 12.0  # a case is begun only with so much left
-STEPS = 8
 
 
 def outcome(part: str, check: str, status: str, detail: str = "") -> Outcome:
@@ -41,9 +40,12 @@ class RunOnCuda:
 
     device = "cuda"
     shrink = 1
-    models = {"gpt2-small": shapes.GPT2_SMALL, "minilm": shapes.MINILM}
+    models: dict[str, shapes.Shapes] = {"gpt2-small": shapes.GPT2_SMALL, "minilm": shapes.MINILM}
+    spectra: tuple[tuple[int, str], ...] = ((0, "Gaussian"), (16, "16 directions on Gaussian"))
     side = 4096
+    steps = 8
     seconds = 1.0
+    rounds = 5
 
     def environment(self) -> dict[str, Any]:
         return environment.describe("cuda")
@@ -107,10 +109,13 @@ class Rehearsal(RunOnCuda):
     """The same parts on the CPU; every claim it could make is about the logic alone."""
 
     device = "cpu"
-    shrink = 128
-    models = {"tiny": ((2, 24, 16), (1, 16, 40))}
-    side = 64
-    seconds = 0.02
+    shrink = 256
+    models = {"tiny": ((1, 8, 6), (1, 6, 12))}
+    spectra = ((4, "4 directions on Gaussian"),)
+    side = 32
+    steps = 2  # the interpreter takes 0.2 s for each
+    seconds = 0.0
+    rounds = 2
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -139,8 +144,8 @@ class Rehearsal(RunOnCuda):
 def inputs(place: RunOnCuda) -> dict[str, list[Tensor]]:
     """What must work without the host: a matrix, a half-precision one, a ragged list."""
     g = torch.Generator().manual_seed(5)
-    n = max(place.side // 8, 16)
-    drawn = [torch.randn(shape, generator=g) for shape in ((2 * n, n), (n, n), (n, 3 * n))]
+    n = max(place.side // 8, 8)
+    drawn = [torch.randn(shape, generator=g) for shape in ((2 * n, n), (n, 3 * n))]
     one = torch.randn(place.side // 4, place.side // 4, generator=g)
     return {
         "fp32 matrix": [one.to(place.device)],
@@ -162,7 +167,7 @@ def host(place: RunOnCuda, left: Callable[[], float]) -> Iterator[Step]:
         argument = matrices[0] if len(matrices) == 1 else matrices
 
         def call(argument: Any = argument) -> Tensor:
-            return sk.spectral_norm(argument, steps=STEPS)
+            return sk.spectral_norm(argument, steps=place.steps)
 
         call()  # compiles kernels and loads libraries
         try:
@@ -212,7 +217,7 @@ def g3(place: RunOnCuda, left: Callable[[], float]) -> Iterator[Step]:
     """A model's matrices as a ragged list against two bmm a step, both at the fewest steps that reach the tolerance."""
     clock = place.clock()
     for model, wanted in place.models.items():
-        for spikes, spectrum in ((0, "Gaussian"), (16, "16 directions on Gaussian")):
+        for spikes, spectrum in place.spectra:
             name = f"{model} fp32, {spectrum}"
             if left() < CASE_SECONDS:
                 yield [outcome("G3", name, "not run", "the deadline left too little time")], "", []
@@ -280,7 +285,7 @@ def step(part: str, place: RunOnCuda, case: Case, left: Callable[[], float], clo
         return [outcome(part, case.name, "not run", "the deadline left too little time")], "", []
     try:
         ceiling = ceilings(place.device, place.side)
-        records = measure(case, seconds=place.seconds, min_rounds=3, clock=clock, ceiling=ceiling)
+        records = measure(case, seconds=place.seconds, min_rounds=place.rounds, clock=clock, ceiling=ceiling)
     except (RuntimeError, ValueError) as seen:
         return [outcome(part, case.name, "failed", f"{type(seen).__name__}: {str(seen).splitlines()[0]}")], "", []
     wrong = failures(records)

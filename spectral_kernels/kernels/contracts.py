@@ -95,8 +95,8 @@ def _gram_matvec_fake(A, V, scale, skip, b, with_stats, with_y):
 #   tol    stop when 10 * error <= tol at `min_reads` reads or more, one more while frob2 - trace > theta / 2 (a larger value
 #          could hide outside the basis); 0: never stop early
 #   rank   the error estimate covers the `rank` leading Ritz values (1: sigma_max)
-# W is orthogonalized against rows [0, K) of Q twice, then within itself; a column whose remainder is below 8 eps(acc) * theta
-# is deflated: a zero row of Q, zero in R.
+# W is orthogonalized against rows [0, K) of Q twice, then within itself and, where its rows are nearly collinear, against Q
+# again; a row whose remainder is below 8 eps(acc) max(theta, longest row of W) is deflated: a zero row of Q, zero in R.
 _library.define(
     "rayleigh_ritz_(int[] n, Tensor(a!) Q, Tensor(b!) V, Tensor(c!) T, Tensor(d!) info, Tensor W, Tensor S, Tensor scale,"
     " int b, int columns, int rank, float tol, int min_reads) -> ()"

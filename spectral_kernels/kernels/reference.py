@@ -72,8 +72,8 @@ def runs(n: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 def orthonormalize(W: Tensor, Q: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """W (k, b, n) -> orthonormal rows against Q (k, K, n) and among themselves, and R (k, b, b) with W = (..) + R' X.
 
-    Twice classical Gram-Schmidt against Q, then modified Gram-Schmidt within the block; rows whose remainder is not above
-    `floor` (k,) become zero rows.
+    Twice classical Gram-Schmidt against Q, then row by row twice against the rows before and Q again: what is left of nearly
+    collinear rows may lie in the basis. Rows whose remainder is not above `floor` (k,) become zero rows.
     """
     for _ in range(2):
         W = W - (W @ Q.mT) @ Q
@@ -85,6 +85,7 @@ def orthonormalize(W: Tensor, Q: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]
         for _ in range(2):
             h = w @ X.mT  # (k, 1, b)
             w = w - h @ X
+            w = w - (w @ Q.mT) @ Q
             R[:, :, c] += h[:, 0].double()
         norm = torch.linalg.vector_norm(w.double(), dim=2)[:, 0]
         kept = norm > floor
@@ -130,7 +131,8 @@ def rayleigh_ritz_(
         projected = t[:, :K, :K].clone()
         projected[:, columns:, columns:] = 0.5 * (s + s.mT)
         projected = torch.where(live[:, None, None], projected, torch.zeros_like(projected))
-        floor = 8 * eps * projected.diagonal(dim1=1, dim2=2).amax(1)
+        largest = torch.linalg.vector_norm(w.double(), dim=2).amax(1)
+        floor = 8 * eps * torch.maximum(projected.diagonal(dim1=1, dim2=2).amax(1), largest)
         x, R = orthonormalize(w, torch.where(live[:, None, None], q[:, :K], torch.zeros_like(q[:, :K])), floor)
 
         values, vectors = torch.linalg.eigh(projected)

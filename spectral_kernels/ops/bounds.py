@@ -130,12 +130,15 @@ def _bracket(
     trivial = np.where(nan, np.nan, np.where(inf, np.inf, 0.0))
     lower, upper, method = trivial.copy(), trivial.copy(), ["exact"] * N
     size = [(a.shape[1], a.shape[2]) for a in stacks for _ in range(a.shape[0])]
-    j = np.flatnonzero(~nan & ~inf & (column["theta"] > 0))
-    if len(j):
+    eps = torch.finfo(acc).eps
+    used = [certificates.trustworthy(t, int(K), b, eps) for t, K in zip(T.numpy(), column["columns"], strict=True)]
+    ready = ~nan & ~inf & (column["theta"] > 0)
+    # one batch per order of T: the arithmetic of a matrix does not depend on its neighbours
+    for K in sorted({K for K, go in zip(used, ready, strict=True) if go}):
+        j = np.flatnonzero(ready & (np.array(used) == K))
         m, n = zip(*(size[i] for i in j), strict=True)
-        eps = torch.finfo(acc).eps
         margin = certificates.rounding(m, n, eps)
-        P = certificates.project(T.numpy()[j], column["columns"][j].astype(int).tolist(), b, fresh, eps)
+        P = certificates.project(T.numpy()[j], K, b, fresh)
         if deterministic:
             found = _always(stacks, j, P, column["frob2"][j], column["scale"], margin)
         else:

@@ -79,8 +79,7 @@ def tangent(c: float) -> float:
 
 
 class Projected(NamedTuple):
-    """T of N runs, padded to the largest K. theta (N, K) ascending, first (N, fresh, K), coupling (N, b, K), blocks
-    (N,)."""
+    """T of N runs of one order K: theta (N, K) ascending, first (N, fresh, K), coupling (N, b, K), blocks (N,) = K / b."""
 
     theta: Array
     first: Array
@@ -92,17 +91,12 @@ class Projected(NamedTuple):
         return self.theta[:, -1]
 
 
-def project(T: Array, columns: Sequence[int], b: int, fresh: int, eps: float) -> Projected:
-    """Eigenvalues and vectors of T[:K, :K] and the coupling R = T[K:K+b, K-b:K], K = trustworthy(columns[j])."""
-    used = [trustworthy(T[j], K, b, eps) for j, K in enumerate(columns)]
-    N, most = len(used), max(used, default=b)
-    square = np.zeros((N, most, most))
-    last = np.zeros((N, b, most))
-    for j, K in enumerate(used):
-        square[j, :K, :K] = T[j, :K, :K]
-        last[j, :, max(K - b, 0) : K] = T[j, K : K + b, max(K - b, 0) : K]
+def project(T: Array, K: int, b: int, fresh: int) -> Projected:
+    """Eigenvalues and vectors of T[:, :K, :K] (N runs of one order) and the coupling R = T[:, K:K+b, K-b:K]."""
+    square = T[:, :K, :K]
     theta, Z = np.linalg.eigh(0.5 * (square + square.transpose(0, 2, 1)))
-    return Projected(theta, Z[:, :fresh], last @ Z, np.asarray(used, float) / b)
+    coupling = T[:, K : K + b, K - b : K] @ Z[:, K - b :]
+    return Projected(theta, Z[:, :fresh], coupling, np.full(len(T), K / b))
 
 
 def trustworthy(T: Array, columns: int, b: int, eps: float) -> int:

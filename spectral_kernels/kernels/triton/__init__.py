@@ -31,7 +31,7 @@ def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | N
     if device_type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, not on {device_type}"
     if word == "gram_matvec":
-        from .gram_matvec import supports as of_word
+        from .one_read import supports as of_word
     else:
         from .rayleigh_ritz import supports as of_word
     return of_word(dtype, b)
@@ -40,7 +40,7 @@ def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | N
 def gram_matvec(
     A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .gram_matvec import gram_matvec as kernel
+    from .one_read import gram_matvec as kernel
 
     return kernel(A, V, scale, skip, b, with_stats, with_y)
 

@@ -24,6 +24,7 @@ from ..contracts import INFO_COLUMNS
 from .ragged import on, table
 
 EPS = tl.constexpr(2.0**-23)
+POWER_STEPS = tl.constexpr(8)
 INFO_FIELDS = tl.constexpr(INFO_COLUMNS)
 
 
@@ -32,9 +33,9 @@ def _within(X, R, W, floor):
     """Gram-Schmidt of the rows of W (1, 4, COLS), each twice against the rows before it: X, R (1, 4, 4) with W = R'X."""
     i = tl.arange(0, 4)[None, :, None]
     j = tl.arange(0, 4)[None, None, :]
-    for c in tl.static_range(4):
+    for c in range(4):
         w = tl.sum(tl.where(i == c, W, 0.0), axis=1, keep_dims=True)  # (1, 1, COLS)
-        for _ in tl.static_range(2):
+        for _ in range(2):
             h = tl.sum(w * X, axis=2, keep_dims=True)  # (1, 4, 1)
             w -= tl.sum(h * X, axis=1, keep_dims=True)
             R += tl.where(j == c, h.to(tl.float64), 0.0)
@@ -129,51 +130,92 @@ def _orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.c
 
 
 @triton.jit
-def _projected(t, s, columns, K, b, order, ORDER: tl.constexpr):
-    """T_K (ORDER, ORDER) float64, zero beyond K: what T holds, with (S + S') / 2 as its last diagonal block."""
-    r = tl.arange(0, ORDER)[:, None]
+def _projected(P, t, s, columns, K, b, order, ORDER: tl.constexpr):
+    """P (ORDER, ORDER) := T_K, zero beyond: what T holds, with (S + S') / 2 as its last diagonal block."""
     c = tl.arange(0, ORDER)[None, :]
-    inside = (r < K) & (c < K)
-    last = inside & (r >= columns) & (c >= columns)
-    old = tl.load(t + r * order + c, mask=inside & ((r < columns) | (c < columns)), other=0.0)
-    upper = tl.load(s + (r - columns) * b + c - columns, mask=last, other=0.0)
-    lower = tl.load(s + (c - columns) * b + r - columns, mask=last, other=0.0)
-    return old + 0.5 * (upper + lower)
+    for start in range(0, ORDER, 32):
+        r = start + tl.arange(0, 32)[:, None]
+        inside = (r < K) & (c < K)
+        last = inside & (r >= columns) & (c >= columns)
+        old = tl.load(t + r * order + c, mask=inside & ((r < columns) | (c < columns)), other=0.0)
+        upper = tl.load(s + (r - columns) * b + c - columns, mask=last, other=0.0)
+        lower = tl.load(s + (c - columns) * b + r - columns, mask=last, other=0.0)
+        tl.store(P + r * ORDER + c, old + 0.5 * (upper + lower))
+    tl.debug_barrier()
 
 
 @triton.jit
-def _pair(P, ORDER: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr):
-    """Leading pair of a symmetric P (ORDER, ORDER) float64: theta, z (ORDER, 1), ||P z - theta z||^2; zeros where P is 0."""
-    r = tl.arange(0, ORDER)[:, None]
+def _times(P, z, across, ORDER: tl.constexpr):
+    """P z (1, ORDER) for a symmetric P; `across` is z, which goes to memory to be read along the rows of P."""
     c = tl.arange(0, ORDER)[None, :]
-    trace = tl.sum(tl.sum(tl.where(r == c, P, 0.0), axis=1), axis=0)
-    M = (P * (1.0 / tl.where(trace > 0, trace, 1.0))).to(tl.float32)
-    for _ in range(SQUARINGS):
-        M = tl.dot(M, M, input_precision=PRECISION, out_dtype=tl.float32)
-        part = tl.sum(tl.sum(tl.where(r == c, M, 0.0), axis=1), axis=0)
-        M = M * (1.0 / tl.where(part > 0, part, 1.0))
-    diagonal = tl.sum(tl.where(r == c, M, 0.0), axis=0, keep_dims=True)  # (1, ORDER), z_i^2
-    top = tl.max(tl.max(diagonal, axis=1), axis=0)
-    which = tl.min(tl.min(tl.where(diagonal == top, c, ORDER - 1), axis=1), axis=0)
-    across = tl.sum(tl.where(r == which, M, 0.0), axis=0, keep_dims=True).to(tl.float64)  # (1, ORDER), along z
-    for _ in range(4):  # two power steps each
-        down = tl.sum(P * across, axis=1, keep_dims=True)
-        across = tl.sum(P * down, axis=0, keep_dims=True)
+    tl.debug_barrier()
+    tl.store(z + c, across)
+    tl.debug_barrier()
+    product = tl.zeros((1, ORDER), tl.float64)
+    for start in range(0, ORDER, 32):
+        r = start + tl.arange(0, 32)[:, None]
+        product += tl.sum(tl.load(P + r * ORDER + c) * tl.load(z + r), axis=0, keep_dims=True)
+    return product
+
+
+@triton.jit
+def _pair(P, z, M, ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr):
+    """Leading pair of the symmetric (ORDER, ORDER) float64 matrix P: theta and ||P z - theta z||^2, z in memory; P becomes
+    P - theta z z'. M: float32 scratch for two such matrices."""
+    c = tl.arange(0, ORDER)[None, :]
+    d = tl.arange(0, ORDER)
+    trace = tl.sum(tl.load(P + d * (ORDER + 1)), axis=0)
+    inverse = 1.0 / tl.where(trace > 0, trace, 1.0)
+    for start in range(0, ORDER, 32):
+        at = (start + tl.arange(0, 32)[:, None]) * ORDER + c
+        tl.store(M + at, (tl.load(P + at) * inverse).to(tl.float32))
+    source = M
+    target = M + ORDER * ORDER
+    factor = 1.0
+    for _ in range(SQUARINGS):  # target = (factor source)^2; factor brings the trace back to 1
+        tl.debug_barrier()
+        part = 0.0
+        for start in range(0, ORDER, SLICE):
+            r = start + tl.arange(0, SLICE)[:, None]
+            product = tl.zeros((SLICE, ORDER), tl.float32)
+            for middle in range(0, ORDER, SLICE):
+                left = tl.load(source + r * ORDER + middle + tl.arange(0, SLICE)[None, :])
+                right = tl.load(source + (middle + tl.arange(0, SLICE)[:, None]) * ORDER + c)
+                product = tl.dot(left, right, product, input_precision=PRECISION, out_dtype=tl.float32)
+            product = product * (factor * factor)
+            part += tl.sum(tl.sum(tl.where(r == c, product, 0.0), axis=1), axis=0)
+            tl.store(target + r * ORDER + c, product)
+        factor = 1.0 / tl.where(part > 0, part, 1.0)
+        source, target = target, source
+    tl.debug_barrier()
+    diagonal = tl.load(source + d * (ORDER + 1))  # z_i^2: the row with the largest lies along z
+    which = tl.min(tl.where(diagonal == tl.max(diagonal, axis=0), d, ORDER - 1), axis=0)
+    across = tl.load(source + which * ORDER + c).to(tl.float64)
+    theta = tl.sum(tl.sum(across, axis=1), axis=0) * 0.0
+    inner = theta
+    for _ in range(POWER_STEPS + 1):
         square = tl.sum(tl.sum(across * across, axis=1), axis=0)
         across = across * (1.0 / tl.sqrt(tl.where(square > 0, square, 1.0)))
-    z = tl.sum(tl.where(r == c, across, 0.0), axis=1, keep_dims=True)  # (ORDER, 1), the same vector
-    down = tl.sum(P * across, axis=1, keep_dims=True)
-    theta = tl.sum(tl.sum(z * down, axis=1), axis=0)
-    rest = down - theta * z
-    return theta, z, tl.sum(tl.sum(rest * rest, axis=1), axis=0)
+        product = _times(P, z, across, ORDER)
+        theta = tl.sum(tl.sum(across * product, axis=1), axis=0)
+        rest = product - theta * across
+        inner = tl.sum(tl.sum(rest * rest, axis=1), axis=0)
+        across = product
+    tl.debug_barrier()
+    for start in range(0, ORDER, 32):
+        r = start + tl.arange(0, 32)[:, None]
+        at = P + r * ORDER + c
+        tl.store(at, tl.load(at) - theta * tl.load(z + r) * tl.load(z + c))
+    tl.debug_barrier()
+    return theta, inner
 
 
 @triton.jit(do_not_specialize=[
-    "table", "Q", "V", "T", "info", "W", "S", "scale", "Z", "b", "columns", "order", "rank", "tol", "min_reads",
+    "table", "Q", "V", "T", "info", "W", "S", "scale", "Z", "M", "b", "columns", "order", "rank", "tol", "min_reads",
 ])  # fmt: skip
 def step_kernel(
-    table, Q, V, T, info, W, S, scale, Z, b, columns, order, rank, tol, min_reads,
-    ORDER: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr,
+    table, Q, V, T, info, W, S, scale, Z, M, b, columns, order, rank, tol, min_reads,
+    ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one matrix. `order`: rows of T and of Q; ORDER: the power of two that holds K = columns + b."""
     j = tl.program_id(0).to(tl.int64)
@@ -198,25 +240,18 @@ def step_kernel(
         else:
             R = _orthonormalize_long(q, w, v, n, K, b, floor, 16, 256)
 
-        P = _projected(t, s, columns, K, b, order, ORDER)
-        across = tl.arange(0, ORDER)[None, :]
-        down = tl.arange(0, ORDER)[:, None]
         last = tl.arange(0, 4)[None, None, :]
+        P = Z + j * (ORDER + 1) * ORDER  # scratch: T without the pairs found, and the last pair's vector
+        z = P + ORDER * ORDER
+        _projected(P, t, s, columns, K, b, order, ORDER)
         p16 = tl.arange(0, 16)
         thetas = tl.zeros((16,), tl.float64)
         squares = tl.zeros((16,), tl.float64)
-        z = Z + j * 16 * ORDER
         pairs = tl.minimum(rank, K)
         for p in range(0, pairs + 1):
             if p < K:
-                if p > 0:  # T without the pairs found before
-                    theta = tl.sum(tl.where(p16 == p - 1, thetas, 0.0), axis=0)
-                    before = z + (p - 1) * ORDER
-                    P -= theta * tl.load(before + down) * tl.load(before + across)
-                theta, vector, inner = _pair(P, ORDER, SQUARINGS, PRECISION)
-                tl.store(z + p * ORDER + down, vector)
-                tl.debug_barrier()
-                end = tl.load(z + p * ORDER + columns + last, mask=last < b, other=0.0)
+                theta, inner = _pair(P, z, M + j * 2 * ORDER * ORDER, ORDER, SLICE, SQUARINGS, PRECISION)
+                end = tl.load(z + columns + last, mask=last < b, other=0.0)
                 outer = tl.sum(R * end, axis=2, keep_dims=True)  # (1, 4, 1)
                 outer = tl.sum(tl.sum(tl.sum(outer * outer, axis=2), axis=1), axis=0)
                 thetas = tl.where(p16 == p, theta, thetas)
@@ -258,7 +293,7 @@ def step_kernel(
 
 # Configurations: 8 warps, so that a tile of T in float64 is 128 of the 255 registers at ORDER = 128 and the block of W is 64
 # at n = 4096. One compilation per power of two above K.
-ORDERS = (16, 32, 64, 128)
+ORDERS = (32, 64, 128)
 SQUARINGS = 20
 RANK_LIMIT = 15  # pairs kept: 16
 BLOCK_LIMIT = 4
@@ -305,11 +340,13 @@ def rayleigh_ritz_(
         return
     sizes = tuple(n)
     described = table(("rayleigh_ritz_", sizes), V.device, lambda: _describe(sizes))
-    Z = V.new_empty(len(n) * 16 * order, dtype=torch.float64)
+    Z = V.new_empty(len(n) * (order + 1) * order, dtype=torch.float64)
+    M = V.new_empty(len(n) * 2 * order * order)
     with on(V.device):
         step_kernel[(len(n),)](
-            described.tensor, Q, V, T, info, W, S, scale, Z, b, columns, T.shape[1], rank, tol, min_reads,
-            ORDER=order, SQUARINGS=SQUARINGS, PRECISION=precision(), num_warps=NUM_WARPS,
+            described.tensor, Q, V, T, info, W, S, scale, Z, M, b, columns, T.shape[1], rank, tol, min_reads,
+            ORDER=order, SLICE=min(order, 64), SQUARINGS=SQUARINGS, PRECISION=precision(),
+            num_warps=NUM_WARPS, num_stages=1,
         )  # fmt: skip
 
 
