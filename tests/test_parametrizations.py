@@ -19,8 +19,8 @@ from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
 from spectral_kernels import AccuracyWarning, force
-from spectral_kernels import parametrizations as ours
 from spectral_kernels.kernels.contracts import INFO
+from spectral_kernels.ops import track as tracker
 from spectral_kernels.parametrizations import SpectralNorm, spectral_norm, spectral_norm_model
 
 LAYERS = {
@@ -90,8 +90,8 @@ class Spy:
 
 
 def spy(monkeypatch, launches: list[int], reads: list[float]) -> None:
-    original = ours.registry.words
-    monkeypatch.setattr(ours.registry, "words", lambda *key: Spy(original(*key), launches, reads))
+    original = tracker.registry.words
+    monkeypatch.setattr(tracker.registry, "words", lambda *key: Spy(original(*key), launches, reads))
 
 
 @pytest.fixture
@@ -459,7 +459,7 @@ def test_tol_needs_fewer_reads_when_little_has_changed(krylov_reads):
 def test_unproved_tol_is_said(monkeypatch):
     module = linear(torch.randn(90, 80, dtype=torch.float64), tol=1e-12)
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "MOST_READS", 2)
+        patch.setattr(tracker, "MOST_READS", 2)
         replace_weight(module, torch.randn(90, 80))
         with pytest.warns(AccuracyWarning, match="1 of 1 weights"):
             module.weight  # noqa: B018
@@ -738,7 +738,7 @@ def test_the_op_keeps_its_promises():
     A = [torch.randn(8, 5), torch.randn(8, 5), torch.randn(9, 3)]
     right, left = ([torch.randn(a.shape[side]) for a in A] for side in (1, 0))
     blocks = [torch.randn(4, a.shape[1]) for a in A]
-    torch.library.opcheck(ours._track_, (A, right, left, blocks, 1, 0.0, 0))
+    torch.library.opcheck(tracker.track_, (A, right, left, blocks, 1, 0.0, 0))
 
 
 @pytest.mark.parametrize("options", [{}, {"n_power_iterations": 2}, {"tol": 1e-4}])

@@ -100,6 +100,7 @@ void gram_read(const Matrix& a, T scale, int64_t b, int64_t b4, int64_t ldn, con
   out.s.assign(b4 * b4, 0.0);
   out.statistics = Statistics{};
   std::memset(w, 0, sizeof(T) * block);
+  if (y) std::memset(y, 0, sizeof(T) * b * a.m);
   if (a.n == 0 || a.m == 0) return;
   parallel = parallel && chunks > 1;
   std::vector<double> s((parallel ? chunks : 1) * b4 * b4);

@@ -79,7 +79,8 @@ def tangent(c: float) -> float:
 
 
 class Projected(NamedTuple):
-    """T of N runs of one order K: theta (N, K) ascending, first (N, fresh, K), coupling (N, b, K), blocks (N,) = K / b."""
+    """T of N runs of one order K: theta (N, K) ascending, first (N, fresh, K), coupling (N, b, K), blocks (N,) = K /
+    b."""
 
     theta: Array
     first: Array

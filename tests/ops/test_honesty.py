@@ -37,6 +37,14 @@ def test_rows_and_reads_add_up(result):
     assert json.loads(json.dumps(result)) == result
 
 
+def test_brackets_hold_and_their_tightness_is_reported(result):
+    assert [row["family"] for row in result["bounds"]] == list(dict.fromkeys(r["family"] for r in result["rows"]))
+    for row in result["bounds"]:
+        assert row["wrong"] == 0
+        assert row["16 reads"] <= row["4 reads"] * 1.01 + 1e-6
+        assert 0 <= row["8 reads"] < 0.1
+
+
 def test_a_broken_promise_shows(monkeypatch):
     monkeypatch.setattr(honesty, "spectral_norm", lambda A, tol, seed: torch.full((len(A),), math.nan))
     lying = honesty.study(names=("flat",), seeds=2, starts=1, sizes=(20, 30), tols=(1e-3,))
@@ -53,7 +61,7 @@ def test_the_table_goes_between_the_markers(result, tmp_path):
     assert text.startswith("above\n")
     assert text.endswith("below\n")
     assert "old" not in text
-    assert text.count("| clustered |") == 1
+    assert text.count("| clustered |") == 2  # accuracy and tightness
     page.write_text("no markers")
     with pytest.raises(ValueError, match="honesty"):
         honesty.write_table(page, result)

@@ -137,11 +137,11 @@ def read_kernel(
         elif kind == 3:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 0, True, VECTOR, STATS, STAGES)
         elif kind == 4:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 1, False, VECTOR, STATS, STAGES)
+            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 16, 128, 1, False, VECTOR, STATS, STAGES)
         elif kind == 5:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 8, 512, 1, False, VECTOR, STATS, STAGES)
         elif kind == 6:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 1, True, VECTOR, STATS, STAGES)
+            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 1, True, VECTOR, STATS, STAGES)
         elif kind == 7:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 2, False, VECTOR, STATS, 1)
         else:
@@ -207,24 +207,28 @@ def add_kernel(
 
 # Configurations. One launch has one number of warps, so one serves all kinds; nothing here has been timed on a GPU yet.
 #   16 warps: the 4 x 4096 numbers of V and of W are 32 registers each of the 128 that a thread of 512 can have (AMD: 8 warps
-#     of 64). Tiles hold 4096 entries, 8 a thread; 4 stages keep three tiles in flight through shared memory (48 KB in fp32,
-#     AMD: 2 stages, 64 KB of LDS).
-#   kind 0-3: inner stride 1 on n.  kind 4-6: inner stride 1 on m, 32 or 8 rows of consecutive addresses.  kind 7-8: other.
+#     of 64). Tiles hold up to 4096 entries, 8 a thread; 4 stages keep three tiles in flight through shared memory (48 KB in
+#     float32; AMD: 2 stages for 64 KB of LDS).
+#   kind 0-3: inner stride 1 on n.  kind 4-6: inner stride 1 on m, 8 to 32 rows of consecutive addresses.  kind 7-8: other.
 #   4096 columns are the widest row that one read serves; beyond (and beyond 512 for kind 4-6, 128 for other) the panel of 32
 #     rows is loaded twice, and whether L2 serves the second load depends on the number of panels in flight.
-KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 32), (512, 8)), STRIDED: ((128, 32),)}
+KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 16), (512, 8)), STRIDED: ((128, 32),)}
 FIRST_KIND = {ROW: 0, COLUMN: 4, STRIDED: 7}
 PANEL = 32  # rows of a long chunk
 VECTOR = 4  # entries a load: 16 bytes of float32, 8 bytes of the half types (16 would double the registers of V and W)
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 BLOCK_LIMIT = 4  # columns of V: the block is padded to 4 in registers
-ADD_CHUNKS, ADD_WIDTH = 16, 256  # 16 partial sums side by side, 4 warps
 
 
-def launch_options() -> dict[str, int]:
-    """Options of `read_kernel` on this machine; `STAGES` is a constant of the kernel, the rest belongs to the compiler."""
-    hip = torch.version.hip is not None
-    return {"STAGES": 2 if hip else 4, "num_warps": 8 if hip else 16}
+HIP = torch.version.hip is not None
+
+
+def read_options(hip: bool = HIP) -> dict[str, int]:
+    """How `read_kernel` is compiled: STAGES is a constant of the kernel, the rest are the compiler's options."""
+    return {"STAGES": 2 if hip else 4, "num_warps": 8 if hip else 16, "enable_fp_fusion": True}
+
+
+ADD_OPTIONS = {"CHUNKS": 16, "WIDTH": 256, "num_warps": 4, "enable_fp_fusion": True}  # 16 partial sums side by side
 
 
 def _form(address: int, m: int, n: int, sm: int, sn: int, itemsize: int) -> int:
@@ -266,7 +270,7 @@ def _describe(A: Sequence[Tensor], b: int) -> tuple[list[int], tuple[int, ...]]:
             chunks = -(-m // rows) if n else 0
             fields += (address, m, n, a.stride(1), a.stride(2), kind, rows, chunks, v, y, partial, records)
             reads.append((rows * n, j, chunks))
-            adds += (j << 32 | block for block in range(max(1, -(-b * n // ADD_WIDTH))))
+            adds += (j << 32 | block for block in range(max(1, -(-b * n // ADD_OPTIONS["WIDTH"]))))
             v += b * n
             y += b * m
             partial += chunks * b * n
@@ -305,11 +309,11 @@ def gram_matvec(
         if reads:
             read_kernel[(reads,)](
                 described.tensor, V, scale, gone, partial, records, Y, start, b, int(skip is not None),
-                ELEMENT=ELEMENTS[A[0].dtype], VECTOR=VECTOR, STATS=with_stats, **launch_options(),
+                ELEMENT=ELEMENTS[A[0].dtype], VECTOR=VECTOR, STATS=with_stats, **read_options(),
             )  # fmt: skip
         add_kernel[(adds,)](
             described.tensor, gone, partial, records, W, S, stats, start + reads, b, int(skip is not None),
-            int(with_stats), CHUNKS=ADD_CHUNKS, WIDTH=ADD_WIDTH, num_warps=4,
+            int(with_stats), **ADD_OPTIONS,
         )  # fmt: skip
     return W, S, stats, Y if with_y else V.new_empty(0)
 

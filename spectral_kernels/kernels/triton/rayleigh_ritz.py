@@ -291,18 +291,25 @@ def step_kernel(
         tl.store(t + (columns + y) * order + K + x, R, mask=block)
 
 
-# Configurations: 8 warps, so that a tile of T in float64 is 128 of the 255 registers at ORDER = 128 and the block of W is 64
-# at n = 4096. One compilation per power of two above K.
+# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers of a thread; T goes through memory in
+# slices of 32 rows (slices of 64 spill at ORDER 128). One compilation per power of two above K.
 ORDERS = (32, 64, 128)
 SQUARINGS = 20
-RANK_LIMIT = 15  # pairs kept: 16
+RANK_LIMIT = 15  # with the next one, 16 Ritz values
 BLOCK_LIMIT = 4
-NUM_WARPS = 8
+HIP = torch.version.hip is not None
 
 
-def precision() -> str:
-    """How float32 products are made: three TF32 products on NVIDIA's tensor cores, AMD's units multiply float32 as it is."""
-    return "ieee" if torch.version.hip is not None else "tf32x3"
+def step_options(hip: bool = HIP) -> dict[str, object]:
+    """How `step_kernel` is compiled. Products of float32: three TF32 ones on NVIDIA's tensor cores; AMD's take float32."""
+    return {
+        "SLICE": 32,
+        "SQUARINGS": SQUARINGS,
+        "PRECISION": "ieee" if hip else "tf32x3",
+        "num_warps": 8,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
 
 
 def _describe(n: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
@@ -345,8 +352,7 @@ def rayleigh_ritz_(
     with on(V.device):
         step_kernel[(len(n),)](
             described.tensor, Q, V, T, info, W, S, scale, Z, M, b, columns, T.shape[1], rank, tol, min_reads,
-            ORDER=order, SLICE=min(order, 64), SQUARINGS=SQUARINGS, PRECISION=precision(),
-            num_warps=NUM_WARPS, num_stages=1,
+            ORDER=order, **step_options(),
         )  # fmt: skip
 
 

@@ -1,0 +1,150 @@
+"""Every Triton kernel, in every configuration that can be chosen, compiles for every target, without a GPU and without spills.
+
+Run as a program this file compiles one job (Triton must not be in interpreter mode, as it is in the other tests) and prints
+what the compiler made of it. Results are kept in `.cache/triton-compile`, keyed by the kernels' sources and the versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "triton-compile"
+KERNELS = ROOT / "spectral_kernels" / "kernels"
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+# shared memory a program may have, KB: the smallest of the family (sm_80 stands for sm_86 and sm_89 too), AMD's LDS
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+CONFIGURATIONS = [
+    *(f"read {dtype} {stats}" for dtype in ("float32", "bfloat16", "float16") for stats in ("stats", "plain")),
+    "add",
+    *(f"step {order}" for order in (32, 64, 128)),
+]
+JOBS = [(target, configuration) for target in TARGETS for configuration in CONFIGURATIONS]
+POINTERS = {
+    "float32": ("V", "W", "Q", "M", "scale", "partial", "Y"),
+    "float64": ("records", "S", "stats", "T", "info", "Z"),
+}
+
+
+def _compile(target: str, configuration: str) -> dict[str, object]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from spectral_kernels.kernels.triton import one_read, rayleigh_ritz
+
+    hip = TARGETS[target][0] == "hip"
+    name, *rest = configuration.split()
+    if name == "read":
+        kernel, options = one_read.read_kernel, dict(one_read.read_options(hip))
+        element = next(e for dtype, e in one_read.ELEMENTS.items() if str(dtype) == f"torch.{rest[0]}")
+        options |= {"ELEMENT": element, "VECTOR": one_read.VECTOR, "STATS": rest[1] == "stats"}
+    elif name == "add":
+        kernel, options = one_read.add_kernel, dict(one_read.ADD_OPTIONS)
+    else:
+        kernel, options = rayleigh_ritz.step_kernel, dict(rayleigh_ritz.step_options(hip)) | {"ORDER": int(rest[0])}
+    constants = {key: options.pop(key) for key in list(options) if key in kernel.arg_names}
+    types = {"table": "*i64", "skip": "*u8", "tol": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(POINTERS["float32"], "*fp32") | dict.fromkeys(POINTERS["float64"], "*fp64")
+    signature = {key: types.get(key, "i32") for key in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    result: dict[str, object] = {"shared": made.metadata.shared}
+    if hip:
+        text = made.asm["amdgcn"]
+        result["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
+        result["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
+        return result
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    result["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+    result["spills"] = int(re.search(r"STACK:(\d+)", usage)[1])
+    ptx = made.asm["ptx"]
+    result["wide"] = len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*0x(?:10|8)\b", ptx))
+    result["tensor"] = len(re.findall(r"mma\.sync\S*tf32", ptx))
+    return result
+
+
+def _key() -> str:
+    text = hashlib.sha256(Path(__file__).read_bytes())
+    for path in (*sorted((KERNELS / "triton").glob("*.py")), KERNELS / "contracts.py"):
+        text.update(path.read_bytes())
+    for package in ("torch", "triton"):
+        text.update(importlib.metadata.version(package).encode())
+    return text.hexdigest()[:20]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], dict[str, object] | str]:
+    """(target, configuration) -> what the compiler reports, or its error as text."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    folder = CACHE / _key()
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+
+    def work(targets: list[str]) -> dict[tuple[str, str], dict[str, object] | str]:
+        """One process for a list of jobs: importing Triton costs more than a small compilation."""
+        wanted = [job for job in JOBS if job[0] in targets]
+        files = {job: folder / f"{job[0]} {job[1]}.json" for job in wanted}
+        missing = [job for job in wanted if not files[job].exists()]
+        errors: dict[tuple[str, str], dict[str, object] | str] = {}
+        if missing:
+            command = [sys.executable, __file__, json.dumps(missing), str(folder)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            errors = {job: done.stderr[-3000:] or f"exit status {done.returncode}" for job in missing}
+        return {job: json.loads(file.read_text()) if file.exists() else errors[job] for job, file in files.items()}
+
+    with ThreadPoolExecutor(2) as pool:
+        halves = pool.map(work, (["sm_80", "sm_90"], ["sm_100", "gfx942"]))
+        return {job: result for half in halves for job, result in half.items()}
+
+
+@pytest.mark.parametrize(("target", "configuration"), JOBS)
+def test_compiles(compiled, target: str, configuration: str) -> None:
+    result = compiled[target, configuration]
+    assert isinstance(result, dict), result
+    assert result["shared"] <= SHARED[target] * 1024
+    # AMD's spills go to spare registers or scratch; the largest T is known to spill there
+    assert result["spills"] == 0 or (target, configuration) == ("gfx942", "step 128"), result
+    if target != "gfx942" and configuration.startswith("read"):
+        assert result["wide"] > 0, "the aligned kinds must load 8 or 16 bytes at once"
+    if target != "gfx942" and configuration.startswith("step"):
+        assert result["tensor"] > 0
+
+
+def test_configurations_are_those_of_the_launchers() -> None:
+    """The lists above are complete: read from the sources, since this process may not import Triton."""
+    source = (KERNELS / "triton" / "rayleigh_ritz.py").read_text()
+    assert f"ORDERS = {tuple(int(c.split()[1]) for c in CONFIGURATIONS if c.startswith('step'))}" in source
+    elements = re.search(r"ELEMENTS = \{(.*)\}", (KERNELS / "triton" / "one_read.py").read_text())[1]
+    assert set(re.findall(r"torch\.(\w+):", elements)) == {c.split()[1] for c in CONFIGURATIONS if c.startswith("read")}
+
+
+if __name__ == "__main__":
+    for job in json.loads(sys.argv[1]):
+        try:
+            report = _compile(*job)
+        except Exception as error:  # reported as the job's result; the others go on
+            report = f"{type(error).__name__}: {error}"
+        path = Path(sys.argv[2]) / f"{job[0]} {job[1]}.json"
+        if isinstance(report, dict):
+            path.write_text(json.dumps(report))
+        else:
+            print(job, report, file=sys.stderr)
