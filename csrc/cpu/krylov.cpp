@@ -285,6 +285,7 @@ void run_krylov(const KrylovTask<T>& k) {
   for (int64_t i = 0; i < b; ++i) first[i] = 0;
   Read<T> read;
   int64_t columns = 0, K = 0;
+  const int64_t exhausted = n <= m ? n : m + b;  // a start on the longer side lies outside the row space
   const bool tiny = m * n < (1 << 15);  // assessing costs as much as two reads there: every other read
   for (int64_t step = 0; step < k.steps; ++step) {
     const T* v = q + columns * ldn;
@@ -316,7 +317,7 @@ void run_krylov(const KrylovTask<T>& k) {
     for (int64_t i = 0; i < b; ++i)
       for (int64_t j = 0; j < b; ++j) t[(columns + i) * rows + columns + j] = read.s[i * b4 + j];
     Step<T> s{n, ldn, b, columns, k.rank, q, w.data(), t.data(), rows, first.data(), &z};
-    const bool goes_on = extend(s) && K < std::min(m, n);
+    const bool goes_on = extend(s) && K < exhausted;
     const bool last = step + 1 == k.steps;
     const bool due = k.tol > 0 && step + 1 >= k.min_reads && !(tiny && (step - k.min_reads) % 2);
     if (!goes_on || last || due) {

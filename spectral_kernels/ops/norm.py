@@ -81,7 +81,7 @@ def spectral_norm(
         result = estimate(
             batch.stacks, tol=tol, steps=steps, seed=seed, V0=blocks, vectors=BLOCK if return_block else 0
         )
-        values = finish(result, batch.stacks, tol, steps)
+        values = finish(result, batch.stacks, tol, steps, cold=blocks is None)
         X = result.X
     out = _shape(values, batch, keepdim)
     if not return_block:
@@ -111,11 +111,13 @@ def _fast(A: Tensor, tol: float, dim: Any, steps: int | None, seed: int) -> Tens
     if kernel is None:
         return None
     values = kernel(A, BLOCK, MOST_READS, BASIS_COLUMNS, tol, MIN_READS, seed)
-    proved = not bool((values < 0).any()) if A.ndim == 3 else not values < 0
+    proved = not (values < 0).any() if A.ndim == 3 else not values.item() < 0
     return values if proved else None
 
 
-def finish(result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | None) -> Tensor:
+def finish(
+    result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | None, cold: bool = True
+) -> Tensor:
     """(N,) values; where the reads ended before the tolerance was met: a dense method for small matrices, else a warning."""
     values = sigma(result, stacks[0].dtype)
     info = result.info
@@ -131,17 +133,18 @@ def finish(result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | 
             if min(a.shape[1:]) <= DENSE_FINISH:
                 values[j] = dense.spectral_norms([a[i : i + 1]], "svd", tol)[0]
             else:
-                _warn(result, j, a, tol)
+                _warn(result, j, a, tol, cold)
         first += a.shape[0]
     return values
 
 
-def _warn(result: Estimate, j: int, a: Tensor, tol: float) -> None:
+def _warn(result: Estimate, j: int, a: Tensor, tol: float, cold: bool) -> None:
     from .certificates import upper_of_restarted
 
     row = result.info[j]
     lower = float(row[INFO["sigma"]])
-    upper = upper_of_restarted(row, min(a.shape[1:]), BLOCK)
+    fresh = BLOCK if cold else 1
+    upper = upper_of_restarted(row.tolist(), tracked(a), BLOCK, fresh=fresh)
     warnings.warn(
         f"spectral_norm: {int(row[INFO['reads']])} reads did not prove tol={tol:g} for a {tuple(a.shape[1:])} matrix; "
         f"sigma_max lies in [{lower:.9g}, {upper:.9g}] (upper side with probability 1 - 1e-6)",

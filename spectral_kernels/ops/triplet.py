@@ -83,7 +83,7 @@ def _unit_scale(values: Tensor) -> Tensor:
 
 
 def _per_matrix(values: Tensor, sizes: list[int]) -> Tensor:
-    return torch.repeat_interleave(values, torch.tensor(sizes, device=values.device), output_size=sum(sizes))
+    return torch.repeat_interleave(values, torch.tensor(sizes, dtype=torch.int64, device=values.device), output_size=sum(sizes))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::spectral_norm", mutates_args=())
