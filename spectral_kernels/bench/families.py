@@ -103,7 +103,7 @@ def _low_rank(rank: int) -> Callable[[int, int, torch.Generator], Case]:
 
 def _heavy_tailed(m: int, n: int, g: torch.Generator) -> Case:
     chi = sum(_randn(m, n, g).square() for _ in range(3))
-    return with_entries(_randn(m, n, g) / (chi / 3).sqrt())  # Student t, three degrees of freedom
+    return with_entries(_randn(m, n, g) / torch.sqrt(torch.as_tensor(chi / 3)))  # Student t, three degrees of freedom
 
 
 def _sparse(m: int, n: int, g: torch.Generator) -> Case:

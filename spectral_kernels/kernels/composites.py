@@ -19,7 +19,7 @@ LARGEST_EXPONENT = {torch.float32: 126, torch.float64: 1000}
 
 
 def start_block(m: int, n: int, b: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(b, n) orthonormal rows drawn from (seed, shape): uniformly distributed subspace (Gaussian rows, Gram-Schmidt)."""
+    """(b, n) orthonormal rows drawn from (seed, shape): a uniformly distributed subspace (Gaussian rows)."""
     draw = random.normals(random.key(seed, m, n, 0), b * n, device).view(1, b, n)
     floor = torch.full((1,), 1e-6 * max(n, 1) ** 0.5, dtype=torch.float64, device=device)
     block, _ = orthonormalize(draw, draw[:, :0], floor)
@@ -39,7 +39,7 @@ def start_blocks(A: Sequence[Tensor], b: int, seed: int) -> Tensor:
 
 
 def safe_scale(amax: Tensor, acc: torch.dtype) -> Tensor:
-    """(N,) powers of two, float64: 1 where amax lies in the safe window (or is 0 or not finite), else about 1 / amax."""
+    """(N,) powers of two, float64: 1 where amax lies in the safe window (or is 0 or not finite), else near 1 / amax."""
     limit = SAFE_EXPONENT[acc]
     inside = (amax >= 2.0**-limit) & (amax <= 2.0**limit)
     usable = torch.isfinite(amax) & (amax > 0)
@@ -77,6 +77,8 @@ def block_krylov(
     info[:, INFO["scale"]] = 1.0
     _store(Q, V, n, b, rows)
 
+    if N == 0:
+        return info, Q.new_empty(0), T if with_t else T.new_empty(0)
     columns = 0
     scale = torch.ones(N, dtype=acc, device=device)
     for read in range(steps):

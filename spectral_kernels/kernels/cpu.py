@@ -22,6 +22,10 @@ def load() -> str | None:
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = sorted(glob.glob(os.path.join(folder, "_C_cpu*.so")))
     if not found:
+        reason = os.path.join(folder, "_C_cpu.txt")  # written by a build that failed or was skipped
+        if os.path.exists(reason):
+            with open(reason) as file:
+                return "the native library is not built: " + " ".join(file.read().split())
         return "the native library is not built (reinstall with SPECTRAL_KERNELS_NATIVE=1 to see why)"
     try:
         torch.ops.load_library(found[0])
@@ -77,7 +81,9 @@ def block_krylov(
     vectors: int,
     with_t: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.spectral_kernels.block_krylov.default(A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors, with_t)
+    return torch.ops.spectral_kernels.block_krylov.default(
+        A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors, with_t
+    )
 
 
 def krylov_norm(A: Tensor, b: int, steps: int, cap: int, tol: float, min_reads: int, seed: int) -> Tensor:

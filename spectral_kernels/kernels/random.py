@@ -1,8 +1,8 @@
 """Start blocks from a counter-based generator: element i of a draw is a function of (seed, shape, step, i) alone.
 
 The 64-bit mixer is splitmix64's finalizer (Steele, Lea, Flood 2014); two 32-bit uniforms of one word give two normals
-(Box and Muller 1958). Every backend uses the same words; normals agree to rounding. The draw depends on neither position nor
-neighbours, and is the same on every rank.
+(Box and Muller 1958). Every backend uses the same words; normals agree to rounding. The draw depends on neither
+position nor neighbours, and is the same on every rank.
 """
 
 from __future__ import annotations

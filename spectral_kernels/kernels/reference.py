@@ -72,8 +72,8 @@ def runs(n: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 def orthonormalize(W: Tensor, Q: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """W (k, b, n) -> orthonormal rows against Q (k, K, n) and among themselves, and R (k, b, b) with W = (..) + R' X.
 
-    Twice classical Gram-Schmidt against Q, then row by row twice against the rows before and Q again: what is left of nearly
-    collinear rows may lie in the basis. Rows whose remainder is not above `floor` (k,) become zero rows.
+    Twice classical Gram-Schmidt against Q, then row by row twice against the rows before and Q again: what is left
+    of nearly collinear rows may lie in the basis. Rows whose remainder is not above `floor` (k,) become zero rows.
     """
     for _ in range(2):
         W = W - (W @ Q.mT) @ Q

@@ -1,7 +1,8 @@
 """Which kernel serves which word. A backend is a table that fills the vocabulary; a kernel declines in words.
 
-`words(device_type, dtype, b)` resolves the vocabulary once for a call: the first backend, in the order of the device, whose
-`supports` returns None. `force` and SPECTRAL_KERNELS_BACKEND insist on one backend and raise its own reason where it declines.
+`words(device_type, dtype, b)` resolves the vocabulary once for a call: the first backend, in the order of the
+device, whose `supports` returns None. `force` and SPECTRAL_KERNELS_BACKEND insist on one backend and raise its own
+reason where it declines.
 """
 
 from __future__ import annotations

@@ -43,10 +43,11 @@ def check_tol(tol: Any, dtype: torch.dtype) -> float:
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    if value < least or (most is not None and value > most):
+    number = int(value)
+    if number < least or (most is not None and number > most):
         allowed = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {allowed}, not {value}")
-    return int(value)
+        raise ValueError(f"{name} must be {allowed}, not {number}")
+    return number
 
 
 def check_seed(seed: Any) -> int:
@@ -70,7 +71,8 @@ def check_number(name: str, value: Any, least: float = -math.inf, above: bool = 
 
 
 class Ragged(NamedTuple):
-    """A caller's argument as a ragged list: stacks (k, m, n), and the batch shape of each (None: the argument was a list
+    """A caller's argument as a ragged list: stacks (k, m, n), and the batch shape of each (None: the argument was a
+    list
     of plain matrices, whose results come back as one tensor)."""
 
     stacks: list[Tensor]

@@ -1,4 +1,4 @@
-"""Dense methods: exact singular values by torch.linalg, and the deterministic upper side by Gram squaring in float64."""
+"""Dense methods: exact singular values by torch.linalg, and the deterministic upper side by Gram squaring."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def _guarded(A: Tensor, compute, tol: float) -> Tensor:  # type: ignore[no-untyp
     acc = acc_dtype(A.dtype)
     k, m, n = A.shape
     if k == 0 or m == 0 or n == 0:
-        return (A.to(acc).sum((1, 2)) if A.requires_grad else A.new_zeros(k, dtype=acc))
+        return A.to(acc).sum((1, 2)) if A.requires_grad else A.new_zeros(k, dtype=acc)
     with torch.no_grad():
         amax = A.double().abs().amax((1, 2))  # NaN propagates
         nan, inf = amax.isnan(), A.isinf().flatten(1).any(1)
         bad = nan | inf
         exponent = torch.frexp(torch.where(bad | (amax == 0), torch.ones_like(amax), amax)).exponent
-        down, up = -exponent // 2, -exponent - (-exponent // 2)  # two factors: one may leave the range
+        # two factors: one may leave the range; float64, since ldexp's backward is 0 for negative integer exponents
+        down = (-exponent // 2).double()
+        up = -exponent - down
     x = torch.where(bad[:, None, None], torch.zeros_like(A, dtype=torch.float64), A.double())
     x = torch.ldexp(torch.ldexp(x, down[:, None, None]), up[:, None, None])
     value = compute(x if n <= m else x.mT, tol)

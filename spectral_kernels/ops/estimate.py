@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,14 @@ BASIS_COLUMNS = 128  # scratch: 132 n + a few n numbers per matrix
 MIN_READS = 3  # one more while energy outside the basis could hide a larger value (docs/accuracy.md)
 
 
+def full_precision(stacks: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
+    """Autocast off: it would run small products of the estimators in half precision."""
+    kind = stacks[0].device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
 class Estimate(NamedTuple):
     """What a run of the estimator knows; rows in the order of the ragged list's matrices."""
 
@@ -29,8 +38,9 @@ class Estimate(NamedTuple):
 def oriented(A: Tensor) -> Tensor:
     """The stack (k, m, n), or its transpose, with the tracked side last.
 
-    The shorter side, unless the rows along the longer one are contiguous, and the matrix is neither small nor thin: a read in
-    the order of memory is 1.5 to 4 times faster, for a block as long as the longer side. csrc/cpu/matrix.h does the same.
+    The shorter side, unless the rows along the longer one are contiguous, and the matrix is neither small nor thin:
+    a read in the order of memory is 1.5 to 4 times faster, for a block as long as the longer side. csrc/cpu/matrix.h
+    does the same.
     """
     _, m, n = A.shape
     short, long = (m, n) if m < n else (n, m)
@@ -52,8 +62,8 @@ def tracked(A: Tensor) -> int:
 def warm_blocks(V0: Sequence[Tensor], stacks: Sequence[Tensor], seed: int) -> Tensor:
     """Flat orthonormal start: the given rows (k, b, n), the last quarter (at least one) replaced by fresh random ones.
 
-    Fresh rows keep a start from being orthogonal to a new leading direction. They are keyed by (seed, shape): vary the seed
-    from call to call to draw others.
+    Fresh rows keep a start from being orthogonal to a new leading direction. They are keyed by (seed, shape): vary
+    the seed from call to call to draw others.
     """
     parts = []
     for v, a in zip(V0, stacks, strict=True):
@@ -95,9 +105,10 @@ def estimate(
         cap = max(cap, reads * b)
     if min_reads is None:
         min_reads = MIN_READS if V0 is None else 1
-    info, X, T = words.block_krylov(
-        A, start, b, reads, cap, rank, 0.0 if steps is not None else tol, min_reads, seed, vectors, with_t
-    )
+    with full_precision(A):
+        info, X, T = words.block_krylov(
+            A, start, b, reads, cap, rank, 0.0 if steps is not None else tol, min_reads, seed, vectors, with_t
+        )
     return Estimate(info, X, T)
 
 

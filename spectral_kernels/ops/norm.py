@@ -13,7 +13,17 @@ from ..kernels import registry
 from ..kernels.contracts import INFO, acc_dtype
 from . import arguments, dense, power, triplet
 from .arguments import Ragged, ragged
-from .estimate import BASIS_COLUMNS, BLOCK, MIN_READS, MOST_READS, Estimate, estimate, sigma, tracked
+from .estimate import (
+    BASIS_COLUMNS,
+    BLOCK,
+    MIN_READS,
+    MOST_READS,
+    Estimate,
+    estimate,
+    full_precision,
+    sigma,
+    tracked,
+)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 METHODS = ("krylov", "power", "gram", "svd")
@@ -38,18 +48,18 @@ def spectral_norm(
 ) -> Any:
     """The largest singular value of every matrix: sigma_max(A) = max ||A x|| / ||x||.
 
-    A: (..., m, n), any float dtype, device and strides, or a list of such (one dtype and device; one launch). Returns (...):
-    float64 for float64 input, float32 otherwise; for a list of matrices one tensor (len(A),), for a list with stacks a list.
-    tol: relative error of the result, in [16 eps, 1); docs/accuracy.md has the measured probability of a miss.
-    method: "krylov" (block Krylov, one read of A a step), "power" (block power iteration on the same kernel), "gram" (repeated
-    squaring of the Gram matrix in float64: at most tol above, never below), "svd" (torch.linalg).
-    steps: exactly so many reads instead of tol; nothing is sent to the host, so the call can be captured in a CUDA graph.
-    v0: a block (..., 4, side) from a former call with return_block=True; a slightly changed matrix then takes one or two
-    reads. Its last row is replaced by a random one, keyed by (seed, shape).
+    A: (..., m, n), any float dtype, device and strides, or a list of such (one dtype and device; one launch).
+    Returns (...): float64 for float64 input, float32 otherwise; for a list of matrices one tensor (len(A),), for a
+    list with stacks a list. tol: relative error of the result, in [16 eps, 1); docs/accuracy.md has the measured
+    probability of a miss. method: "krylov" (block Krylov, one read of A a step), "power" (block power iteration on
+    the same kernel), "gram" (repeated squaring of the Gram matrix in float64: at most tol above, never below), "svd"
+    (torch.linalg). steps: exactly so many reads instead of tol; nothing is sent to the host, so the call can be
+    captured in a CUDA graph. v0: a block (..., 4, side) from a former call with return_block=True; a slightly
+    changed matrix then takes one or two reads. Its last row is replaced by a random one, keyed by (seed, shape).
     NaN entries give NaN, infinite ones inf, for that matrix alone; an empty matrix 0. The gradient is u v' of the final
     vectors. Not the spectral radius. Source: Musco and Musco 2015 (block Krylov); docs/accuracy.md (stop rule).
     """
-    if type(A) in _PLAIN and method == "krylov" and v0 is None and not return_block:
+    if isinstance(A, Tensor) and type(A) in _PLAIN and method == "krylov" and v0 is None and not return_block:
         value = _fast(A, tol, dim, steps, seed)
         if value is not None:
             return value[..., None, None] if keepdim else value
@@ -67,23 +77,26 @@ def spectral_norm(
     if steps is not None and method in ("gram", "svd"):
         raise ValueError(f"steps goes with method='krylov' or 'power', not {method!r}")
 
+    triplet.check_transforms(batch.stacks)
     needs_grad = torch.is_grad_enabled() and any(a.requires_grad for a in batch.stacks)
     X = None
     if method in ("gram", "svd"):
-        values = dense.spectral_norms(batch.stacks, method, tol)
+        with full_precision(batch.stacks):
+            values = dense.spectral_norms(batch.stacks, method, tol)
     elif needs_grad or triplet.must_be_opaque(batch.stacks):
         if blocks is not None or return_block:
             raise ValueError("v0 and return_block do not go with autograd, vmap or torch.compile")
         values, _, _ = triplet.spectral_norm_op(batch.stacks, tol, steps or 0, seed, method)
     elif method == "power":
-        values = power.estimate(batch.stacks, tol=tol, steps=steps, seed=seed).sigma
+        with full_precision(batch.stacks):
+            values = power.estimate(batch.stacks, tol=tol, steps=steps, seed=seed).sigma
     else:
         result = estimate(
             batch.stacks, tol=tol, steps=steps, seed=seed, V0=blocks, vectors=BLOCK if return_block else 0
         )
         values = finish(result, batch.stacks, tol, steps, cold=blocks is None)
         X = result.X
-    out = _shape(values, batch, keepdim)
+    out = _shape(values, batch, keepdim, dim)
     if not return_block:
         return out
     assert X is not None
@@ -115,10 +128,8 @@ def _fast(A: Tensor, tol: float, dim: Any, steps: int | None, seed: int) -> Tens
     return values if proved else None
 
 
-def finish(
-    result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | None, cold: bool = True
-) -> Tensor:
-    """(N,) values; where the reads ended before the tolerance was met: a dense method for small matrices, else a warning."""
+def finish(result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | None, cold: bool = True) -> Tensor:
+    """(N,) values; where the reads ended too early: a dense method for small matrices, else a warning."""
     values = sigma(result, stacks[0].dtype)
     info = result.info
     if steps is not None or info.shape[0] == 0 or bool(info[:, INFO["done"]].all()):
@@ -171,10 +182,10 @@ def _check_blocks(v0: Any, batch: Ragged) -> list[Tensor]:
     return out
 
 
-def _shape(values: Tensor, batch: Ragged, keepdim: bool) -> Any:
+def _shape(values: Tensor, batch: Ragged, keepdim: bool, dim: tuple[int, int]) -> Any:
     if batch.plain:
         return values[:, None, None] if keepdim else values
     parts = batch.scatter(values)
     if keepdim:
-        parts = [p[..., None, None] for p in parts]
+        parts = [p[..., None, None].movedim((-2, -1), dim) for p in parts]
     return parts if batch.is_list else parts[0]

@@ -39,6 +39,8 @@ def estimate(
     skip = None
     special = value
     reads = 0
+    if N == 0:
+        return PowerEstimate(value.to(acc), 0, V)
     for reads in range(1, (steps or MOST_READS) + 1):
         W, S, stats, _ = words.gram_matvec(A, V, scale, skip, b, reads == 1, False)
         if reads == 1:

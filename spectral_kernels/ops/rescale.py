@@ -24,10 +24,10 @@ def spectral_norm_(
 ) -> Any:
     """Rescale W in place so that ||W||_2 = target (mode="normalize"), or at most target (mode="cap"), within tol.
 
-    W: (..., m, n) or a list of such; every matrix is rescaled by its own norm. target: a positive number, or the name of a rule
-    of shapes ("rms_to_rms" = sqrt(fan_out / fan_in), "original", "match_rms_adamw"). Like torch.nn.init functions it records
-    no gradient, and returns W. A zero matrix stays zero; a matrix with a NaN or an infinite entry is left as it is, with a
-    warning.
+    W: (..., m, n) or a list of such; every matrix is rescaled by its own norm. target: a positive number, or the
+    name of a rule of shapes ("rms_to_rms" = sqrt(fan_out / fan_in), "original", "match_rms_adamw"). Like torch.nn.init
+    functions it records no gradient, and returns W. A zero matrix stays zero; a matrix with a NaN or an infinite entry
+    is left as it is, with a warning.
     """
     batch = ragged(W)
     arguments.check_choice("mode", mode, MODES)
@@ -49,7 +49,7 @@ def _rescale(w: Tensor, norm: Tensor, target: Any, mode: str) -> None:
     if w.numel() == 0:
         return
     bad = ~torch.isfinite(norm)
-    if w.device.type == "cpu" and bool(bad.any()):
+    if w.device.type == "cpu" and not torch.compiler.is_compiling() and bool(bad.any()):
         warnings.warn(
             f"spectral_norm_: {int(bad.sum())} of {norm.numel()} matrices of shape {tuple(w.shape[-2:])} hold NaN or "
             "infinite entries and were left as they are",

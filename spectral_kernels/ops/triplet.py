@@ -1,4 +1,4 @@
-"""The opaque, differentiable op behind `spectral_norm`: value and final vectors in one call, for autograd and torch.compile."""
+"""The opaque, differentiable op behind `spectral_norm`: values and final vectors, for autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -7,17 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..kernels import registry
 from ..kernels.contracts import NAMESPACE, acc_dtype, counts
 from ..kernels.reference import runs
+from .estimate import full_precision
 
 
 def must_be_opaque(stacks: Sequence[Tensor]) -> bool:
-    """True where Python below must not see the tensors: while compiling, under functorch, for fake tensors."""
+    """True where Python below must not see the tensors: while compiling, under functorch, for fake and meta tensors."""
     return torch.compiler.is_compiling() or any(
-        type(a) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(a) for a in stacks
+        type(a) not in (Tensor, torch.nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(a)
+        or a.device.type == "meta"
+        for a in stacks
     )
+
+
+def check_transforms(stacks: Sequence[Tensor]) -> None:
+    """Refuse what would go wrong silently or obscurely: torch.func's derivatives and forward-mode tangents."""
+    if torch.compiler.is_compiling():
+        return
+    for a in stacks:
+        level = a
+        while torch._C._functorch.is_functorch_wrapped_tensor(level):
+            if torch._C._functorch.is_gradtrackingtensor(level):
+                raise RuntimeError(
+                    "spectral_norm does not go with torch.func.grad, vjp or jvp; torch.autograd.grad and"
+                    " torch.vmap work"
+                )
+            level = torch._C._functorch.get_unwrapped(level)
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(a).tangent is not None:
+            raise RuntimeError("spectral_norm has no forward-mode derivative; reverse mode works")
 
 
 def triplets(
@@ -28,13 +50,15 @@ def triplets(
     method: str = "krylov",
     V0: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """values (N,), flat left vectors (m_j), flat right vectors (n_j): acc dtype, unit or zero. One more read than the value."""
+    """values (N,), flat left (m_j) and right (n_j) vectors, acc dtype, unit or zero: one more read than the value."""
     from . import norm, power
     from .estimate import BLOCK, estimate, oriented
 
     A = [oriented(a) for a in stacks]
     acc, N = acc_dtype(A[0].dtype), counts(A)
     n = [a.shape[2] for a in A for _ in range(a.shape[0])]
+    if N == 0:
+        return tuple(A[0].new_empty(0, dtype=acc) for _ in range(3))  # type: ignore[return-value]
     if method == "power":
         run = power.estimate(stacks, tol=tol, steps=steps or None, seed=seed)
         values = run.sigma
@@ -45,7 +69,7 @@ def triplets(
         x = result.X
     # the other side: y = A x / ||A x||, at the matrix's own scale so that nothing leaves the range
     words = registry.words(A[0].device.type, A[0].dtype, 1)
-    scale = _unit_scale(values)
+    scale = unit_scale(values)
     _, S, _, y = words.gram_matvec(A, x, scale.to(acc), None, 1, False, True)
     length = S[:, 0, 0].sqrt()
     usable = torch.isfinite(values) & (length > 0)
@@ -59,7 +83,7 @@ def triplets(
         k, long, short = o.shape
         ys, xs = y[at_y : at_y + k * long], x[at_x : at_x + k * short]
         at_y, at_x = at_y + k * long, at_x + k * short
-        swapped = a.shape[2] > a.shape[1]
+        swapped = o is not a
         left.append(xs if swapped else ys)
         right.append(ys if swapped else xs)
     assert values.shape == (N,)
@@ -75,7 +99,7 @@ def _rows(flat: Tensor, n: list[int], b: int) -> list[Tensor]:
     return out
 
 
-def _unit_scale(values: Tensor) -> Tensor:
+def unit_scale(values: Tensor) -> Tensor:
     """(N,) powers of two that bring the values near 1, float64; within what an acc multiplier can hold."""
     v = torch.where(torch.isfinite(values) & (values > 0), values, torch.ones_like(values)).double()
     limit = 126 if values.dtype == torch.float32 else 1000
@@ -83,7 +107,8 @@ def _unit_scale(values: Tensor) -> Tensor:
 
 
 def _per_matrix(values: Tensor, sizes: list[int]) -> Tensor:
-    return torch.repeat_interleave(values, torch.tensor(sizes, dtype=torch.int64, device=values.device), output_size=sum(sizes))
+    repeats = torch.tensor(sizes, dtype=torch.int64, device=values.device)
+    return torch.repeat_interleave(values, repeats, output_size=sum(sizes))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::spectral_norm", mutates_args=())
@@ -91,7 +116,7 @@ def spectral_norm_op(
     stacks: list[Tensor], tol: float, steps: int, seed: int, method: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values (N,), left (sum m_j,), right (sum n_j,) of a ragged list; steps = 0: as many as tol needs."""
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(stacks):
         return triplets(stacks, tol, steps, seed, method)
 
 
@@ -111,7 +136,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, gs: Tensor | None, gu: Tensor | None, gv: Tensor | None) -> Any:
     if gu is not None or gv is not None:
         raise RuntimeError(
-            "spectral_norm: its gradient u v' is not differentiable again (double backward), nor are the singular vectors"
+            "spectral_norm: its gradient u v' is not differentiable again (double backward), nor are the"
+            " singular vectors"
         )
     if gs is None:
         return [None] * len(ctx.shapes), None, None, None, None

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from tests.kernels.lists import DTYPES, LAYOUTS, SHAPES, flat_block, kernel, ones, ragged, served
 
 from spectral_kernels.kernels import reference
 from spectral_kernels.kernels.contracts import STATS, acc_dtype
+from tests.kernels.lists import DTYPES, LAYOUTS, SHAPES, flat_block, kernel, ones, ragged, served
 
 FAMILIES = list(SHAPES)
 WIDTHS = [1, 4, 6, 16]
@@ -39,7 +39,8 @@ def check_against_float64(backend, device, family, layout, dtype, b):
             w, truth = W[at : at + b * n].double(), exact[0][at : at + b * n]
             y, truth_y = Y[at_y : at_y + b * m].double(), exact[3][at_y : at_y + b * m]
             at, at_y = at + b * n, at_y + b * m
-            # rounding of sums of m (n) products, partial sums of at most 256: a few sqrt(256) eps of the vectors' lengths
+            # rounding of sums of m (n) products, partial sums of at most 256: a few sqrt(256) eps of the vectors'
+            # lengths
             assert (y - truth_y).norm() <= 32 * eps * (1 + truth_y.norm())
             assert (w - truth).norm() <= 64 * eps * (1 + truth.norm())
             assert (S[j] - exact[1][j]).norm() <= 64 * eps * (1 + exact[1][j].norm())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.lists import kernel, ones, ragged, served
 
 from spectral_kernels.kernels import composites, reference, registry
 from spectral_kernels.kernels.contracts import INFO, INFO_COLUMNS, STATS, acc_dtype, counts, sides
+from tests.kernels.lists import kernel, ones, ragged, served
 
 NATIVE = [pair for pair in served() if pair[0] != "reference"]
 
@@ -69,7 +69,10 @@ def test_projection_of_the_matrix(backend, device, dtype, b):
 
 @pytest.mark.parametrize(("backend", "device"), NATIVE)
 def test_agrees_with_the_reference_in_float64(backend, device):
-    A = [torch.randn(3, 60, 44, dtype=torch.float64, device=device), torch.randn(1, 300, 130, dtype=torch.float64, device=device)]
+    A = [
+        torch.randn(3, 60, 44, dtype=torch.float64, device=device),
+        torch.randn(1, 300, 130, dtype=torch.float64, device=device),
+    ]
     words = Words(backend, device, torch.float64, 4)
     ours, truth = run(words, A, 4, 4), run(reference, A, 4, 4)
     for name in ("theta", "rho", "error", "sigma", "trace", "columns", "done"):
@@ -111,14 +114,20 @@ def test_finished_matrices_are_left_alone(backend, device):
     before = [x.clone() for x in (Q, V, T, info)]
     W, S = torch.randn_like(V), torch.randn(3, 4, 4, dtype=torch.float64, device=device)
     words.rayleigh_ritz_([40] * 3, Q.view(-1), V, T, info, W, S, ones(A), 4, 8, 1, 0.0, 3)
-    for now, then in zip((Q, V.view(3, 4, 40), T, info), (before[0], before[1].view(3, 4, 40), *before[2:]), strict=True):
+    for now, then in zip(
+        (Q, V.view(3, 4, 40), T, info), (before[0], before[1].view(3, 4, 40), *before[2:]), strict=True
+    ):
         assert torch.equal(now[1], then[1]) and not torch.equal(now[0], then[0])
 
 
 @pytest.mark.parametrize(("backend", "device"), NATIVE)
 def test_same_bits_alone_and_for_any_threads(backend, device):
     words = Words(backend, device, torch.float32, 4)
-    A = [torch.randn(4, 70, 50, device=device), torch.randn(1, 300, 200, device=device), torch.randn(1, 20, 9, device=device)]
+    A = [
+        torch.randn(4, 70, 50, device=device),
+        torch.randn(1, 300, 200, device=device),
+        torch.randn(1, 20, 9, device=device),
+    ]
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

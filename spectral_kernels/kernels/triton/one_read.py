@@ -135,7 +135,7 @@ def read_kernel(
         elif kind == 2:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 1, 4096, 0, False, VECTOR, STATS, STAGES)
         elif kind == 3:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 0, True, VECTOR, STATS, STAGES)
+            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 0, True, VECTOR, STATS, STAGES)
         elif kind == 4:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 16, 128, 1, False, VECTOR, STATS, STAGES)
         elif kind == 5:
