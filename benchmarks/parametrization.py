@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.report import MARKER, load, where
+from benchmarks.parametrization_page import render, tables
+from benchmarks.report import load
 from spectral_kernels import AccuracyWarning
 from spectral_kernels.bench import environment
-from spectral_kernels.bench.measure import Record, describe_value, document, rounded
+from spectral_kernels.bench.measure import Record, document, rounded
 from spectral_kernels.bench.rivals import exact
 from spectral_kernels.bench.timer import interleave, ratio
 from spectral_kernels.kernels.contracts import INFO
@@ -50,25 +50,14 @@ SPECTRA: dict[str, Tensor] = {
     "linear, 1 … 0.2": torch.linspace(1, 0.2, 64, dtype=torch.float64),
     "1/i": 1 / torch.arange(1, 65, dtype=torch.float64),
 }
-ROWS, GROWTHS, STARTS = 80, (1.05, 1.5, 3.0), 10
+GROWTHS, STARTS = (1.05, 1.5, 3.0), 10
 SETTLE, MOST, NEAR = 60, 500, 1e-2  # forwards before the replacement, most after it, the error to come below
-GAPS, GAP_STARTS = (0.003, 0.01, 0.03), 30
 SHARES = (0.0, 0.1, 0.3, 1.0)  # ops/track.py FRESH
 SINGLE = ((128, 128), (512, 512), (2048, 2048), (4096, 1024))
 MODEL = (40, 256)  # layers, side
 
 
 # -- reads of the weight
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix-vector products, the only reads of torch's parametrization."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten.mv.default
-        return func(*args, **(kwargs or {}))
 
 
 class Reads:
@@ -92,13 +81,20 @@ class Reads:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[float]]:
-    """One number, complete at the end: the reads of all weights, torch's and ours."""
-    reads, total = Reads(), [0.0]
-    words = track.registry.words
-    with mock.patch.object(track.registry, "words", lambda *key: reads(words(*key))), Products() as products:
-        yield total
-    total[0] = reads.count + products.count
+def counted() -> Iterator[Reads]:
+    """Counts the reads of all weights; those of torch's parametrization are its matrix-vector products."""
+    reads = Reads()
+    words, mv = track.registry.words, torch.mv
+
+    def product(*args: Any) -> Tensor:
+        reads.count += 1
+        return mv(*args)
+
+    with (
+        mock.patch.object(track.registry, "words", lambda *key: reads(words(*key))),
+        mock.patch.object(torch, "mv", product),
+    ):
+        yield reads
 
 
 # -- training
@@ -113,18 +109,16 @@ def trained(register: Register, rate: float, steps: int, seed: int) -> tuple[Ten
     net = nn.Sequential(*[part for layer in layers for part in (register(layer), nn.LeakyReLU())][:-1])
     optimizer = torch.optim.Adam(net.parameters(), lr=rate)
     used: list[list[Tensor]] = []
-    reads = 0.0
-    for step in range(steps):
-        with parametrize.cached():  # the weight that the forward used is the one that is examined
-            with counted() as total:
-                used.append([layer.weight.detach().clone() for layer in layers])
-            reads += total[0]
+    with counted() as reads:
+        for step in range(steps):
             batch = slice(64 * (step % 4), 64 * (step % 4) + 64)
-            optimizer.zero_grad()
-            (net(x[batch]) - goal[batch]).square().mean().backward()
+            with parametrize.cached():  # the weight that the forward uses is the one that is examined
+                used.append([layer.weight.detach().clone() for layer in layers])
+                optimizer.zero_grad()
+                (net(x[batch]) - goal[batch]).square().mean().backward()
             optimizer.step()
     norms = torch.stack([exact(torch.stack(weights)) for weights in zip(*used, strict=True)], 1)
-    return (norms - 1).abs(), reads / (steps * len(layers))
+    return (norms - 1).abs(), reads.count / (steps * len(layers))
 
 
 def training(ways: Sequence[str] = tuple(WAYS), steps: int = STEPS, seeds: int = SEEDS) -> list[Record]:
@@ -133,8 +127,9 @@ def training(ways: Sequence[str] = tuple(WAYS), steps: int = STEPS, seeds: int =
         for rate in RATES:
             runs = [trained(WAYS[way], rate, steps, seed) for seed in range(seeds)]
             record = {"table": "training", "way": way, "rate": rate, "steps": steps, "seeds": seeds, "status": "ok"}
-            records.append(record | summary(torch.cat([errors.flatten() for errors, _ in runs])))
-            records[-1]["reads"] = rounded(sum(reads for _, reads in runs) / seeds)
+            errors = torch.cat([errors.flatten() for errors, _ in runs])
+            reads = {"reads": rounded(sum(reads for _, reads in runs) / seeds), "tol": TOL if "tol" in way else None}
+            records.append(record | {"sides": SIDES} | reads | summary(errors))
     return records
 
 
@@ -144,6 +139,7 @@ def summary(errors: Tensor) -> Record:
         "mean": rounded(float(errors.mean())),
         "p99": rounded(float(errors.quantile(0.99))),
         "max": rounded(float(errors.max())),
+        "above_tol": int((errors > TOL).sum()),
     }
 
 
@@ -161,18 +157,19 @@ def frame(rows: int, columns: int, away_from: Tensor | None) -> Tensor:
 
 
 def settled(register: Register, s: Tensor, seed: int) -> nn.Module:
-    """A layer whose weight has the singular values s and whose vectors have long found them."""
+    """A layer (5/4 n, n) whose weight has the n singular values s, and whose vectors have long found them."""
     torch.manual_seed(seed)
-    module = nn.Linear(len(s), ROWS, bias=False, dtype=torch.float64)
-    module.weight.data = (frame(ROWS, len(s), None) * s) @ frame(len(s), len(s), None).mT
+    rows = 5 * len(s) // 4
+    module = nn.Linear(len(s), rows, bias=False, dtype=torch.float64)
+    module.weight.data = (frame(rows, len(s), None) * s) @ frame(len(s), len(s), None).mT
     register(module)
     for _ in range(SETTLE):
         module.weight  # noqa: B018  one update
     return module
 
 
-def replaced(module: nn.Module, s: Tensor, hidden: bool, bound: float, seed: int) -> tuple[int, float]:
-    """(forwards whose error was above bound before the first that was not, error of the first forward).
+def replaced(module: nn.Module, s: Tensor, hidden: bool, seed: int) -> int:
+    """Forwards whose error was above NEAR before the first that was not, at most MOST.
 
     The new weight has the singular values s, s[0] the largest, and random vectors; hidden: the leading ones orthogonal
     to all that the module tracks. The module stays as it was.
@@ -181,19 +178,16 @@ def replaced(module: nn.Module, s: Tensor, hidden: bool, bound: float, seed: int
     torch.manual_seed(1000 + seed)
     layer: Any = module.parametrizations.weight[0]  # type: ignore[union-attr,index]
     tracked = torch.cat((layer._v[None], getattr(layer, "_block", layer._v[None])))
-    U = frame(ROWS, len(s), layer._u[None] if hidden else None)
+    U = frame(len(layer._u), len(s), layer._u[None] if hidden else None)
     V = frame(len(s), len(s), tracked if hidden else None)
     W = module.parametrizations.weight.original  # type: ignore[union-attr]
-    first = 0.0
     with torch.no_grad():
         W.copy_((U * s) @ V.mT)
         for forwards in range(MOST):
             estimate = torch.linalg.vector_norm(W) / torch.linalg.vector_norm(module.weight)
-            error = abs(float(s[0] / estimate) - 1)
-            first = first if forwards else error
-            if error <= bound:
-                return forwards, first
-    return MOST, first
+            if abs(float(s[0] / estimate) - 1) <= NEAR:
+                return forwards
+    return MOST
 
 
 def replacements(starts: int = STARTS, growths: Sequence[float] = GROWTHS) -> list[Record]:
@@ -204,23 +198,10 @@ def replacements(starts: int = STARTS, growths: Sequence[float] = GROWTHS) -> li
             for hidden in (True, False):
                 for growth in growths:
                     new = torch.cat((growth * old[:1], old[1:]))
-                    counts = [replaced(module, new, hidden, NEAR, seed)[0] for seed, module in enumerate(modules)]
+                    counts = [replaced(module, new, hidden, seed) for seed, module in enumerate(modules)]
                     record = {"table": "replaced", "spectrum": spectrum, "way": way, "hidden": hidden, "growth": growth}
-                    records.append(record | {"starts": starts, "forwards": max(counts), "status": "ok"})
-    return records
-
-
-def gaps(starts: int = GAP_STARTS) -> list[Record]:
-    """What `tol` misses: a hidden leading direction that is only a little larger than the next one."""
-    records = []
-    old = SPECTRA["linear, 1 … 0.2"]
-    modules = [settled(WAYS["`tol=1e-3`"], old, seed) for seed in range(starts)]
-    for gap in GAPS:
-        new = torch.cat(((1 + gap) * old[1:2], old[1:]))
-        found = [replaced(module, new, True, TOL, seed) for seed, module in enumerate(modules)]
-        record = {"table": "gaps", "gap": gap, "starts": starts, "missed": sum(n > 0 for n, _ in found)}
-        worst = {"forwards": max(n for n, _ in found), "error": rounded(max(error for _, error in found))}
-        records.append(record | worst | {"status": "ok"})
+                    record |= {"columns": len(old), "near": NEAR, "most": MOST, "status": "ok"}
+                    records.append(record | {"starts": starts, "forwards": max(counts)})
     return records
 
 
@@ -233,12 +214,11 @@ def shares(steps: int = STEPS, starts: int = STARTS) -> list[Record]:
     new = torch.cat((GROWTHS[0] * old[:1], old[1:]))
     for share in SHARES:
         with mock.patch.object(track, "FRESH", share):
-            for rate in RATES:
-                errors, _ = trained(WAYS["1 read"], rate, steps, 0)
-                record = {"table": "share", "share": share, "rate": rate, "steps": steps, "status": "ok"}
-                records.append(record | summary(errors.flatten()))
-            counts = [replaced(settled(WAYS["1 read"], old, k), new, True, NEAR, k)[0] for k in range(starts)]
-        records[-1] |= {"starts": starts, "forwards": max(counts)}
+            errors, _ = trained(WAYS["1 read"], RATES[0], steps, 0)
+            counts = [replaced(settled(WAYS["1 read"], old, k), new, True, k) for k in range(starts)]
+        record = {"table": "share", "share": share, "rate": RATES[0], "steps": steps, "status": "ok"}
+        forwards = {"growth": GROWTHS[0], "starts": starts, "most": MOST, "forwards": max(counts)}
+        records.append(record | summary(errors.flatten()) | forwards)
     return records
 
 
@@ -279,115 +259,20 @@ def in_turns(case: str, calls: dict[str, Callable[[], object]], seconds: float) 
     return records
 
 
-# -- tables
-
-
-def small(x: float) -> str:
-    return "< 1e-6" if x < 1e-6 else f"{x:.1e}".replace("e-0", "e-")
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def training_table(records: Sequence[Record]) -> str:
-    rates = list(dict.fromkeys(r["rate"] for r in records))
-    ways = list(dict.fromkeys(r["way"] for r in records))
-    one = records[0]
-    head = ["‖weight‖₂ − 1", "reads", *(f"lr {small(rate).replace('.0', '')}: mean, p99, max" for rate in rates)]
-    lines = []
-    for way in ways:
-        mine = [r for r in records if r["way"] == way]
-        reads = sorted({f"{r['reads']:.2g}" for r in mine})
-        lines.append([way, "–".join(reads), *(", ".join(small(r[k]) for k in ("mean", "p99", "max")) for r in mine)])
-    caption = (
-        f"Four layers with sides of {min(SIDES)} to {max(SIDES)}, {one['steps']} Adam steps, {one['seeds']} seeds; "
-        f"{one['samples']:,} norms an entry:"
-    )
-    return f"{caption}\n\n{table(head, lines)}"
-
-
-def replaced_table(records: Sequence[Record]) -> str:
-    growths = list(dict.fromkeys(r["growth"] for r in records))
-    ways = list(dict.fromkeys(r["way"] for r in records))
-    lines = []
-    for spectrum, hidden in dict.fromkeys((r["spectrum"], r["hidden"]) for r in records):
-        mine = [r for r in records if r["spectrum"] == spectrum and r["hidden"] == hidden]
-        text = [
-            " / ".join(f"{r['forwards']}" if r["forwards"] < MOST else f"{MOST}+" for r in mine if r["way"] == way)
-            for way in ways
-        ]
-        lines.append([spectrum, "orthogonal" if hidden else "random", *text])
-    caption = (
-        f"Forwards before the error is below {NEAR:.0%}, the most of {records[0]['starts']} starts; {ROWS} × 64, "
-        f"float64, the new σ₁ being {' / '.join(f'{g:g}' for g in growths)} times the old:"
-    )
-    return f"{caption}\n\n{table(['spectrum', 'new leading vectors', *ways], lines)}"
-
-
-def gaps_table(records: Sequence[Record]) -> str:
-    head = ["new σ₁ / σ₂ − 1", "starts that missed", "largest error", "forwards until found, at most"]
-    lines = [
-        [f"{r['gap']:.1%}", f"{r['missed']} of {r['starts']}", small(r["error"]), str(r["forwards"])] for r in records
-    ]
-    return table(head, lines)
-
-
-def share_table(records: Sequence[Record]) -> str:
-    rates = list(dict.fromkeys(r["rate"] for r in records))
-    head = ["share", *(f"lr {small(rate).replace('.0', '')}: mean, p99" for rate in rates), "forwards, replaced weight"]
-    lines = []
-    for share in dict.fromkeys(r["share"] for r in records):
-        mine = [r for r in records if r["share"] == share]
-        forwards = mine[-1]["forwards"]
-        text = [f"{small(r['mean'])}, {small(r['p99'])}" for r in mine]
-        lines.append([f"{share:.0%}", *text, str(forwards) if forwards < MOST else f"{MOST}+"])
-    return table(head, lines)
-
-
-def time_table(records: Sequence[Record]) -> str:
-    lines = [[r["case"], r["way"], describe_value(r)] for r in records]
-    return table(["training forward", "way", "torch's time / this (p20–p80)"], lines)
-
-
-TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
-    "training": training_table,
-    "replaced": replaced_table,
-    "gaps": gaps_table,
-    "share": share_table,
-    "time": time_table,
-}
-
-
-def tables(described: dict[str, Any], records: Sequence[Record]) -> dict[str, str]:
-    """Marker -> text of its table."""
-    made = {name: make([r for r in records if r["table"] == name]) for name, make in TABLES.items()}
-    made["time"] = f"{where(described)}\n\n{made['time']}"
-    return {f"parametrization_{name}": f"\n{text}\n\n" for name, text in made.items()}
-
-
-def render(text: str, path: Path) -> str:
-    """The page with its tables made anew from a result file; ValueError where it lacks a marker of one."""
-    made = tables(*load(path))
-    missing = made.keys() - {m["subject"] for m in MARKER.finditer(text)}
-    if missing:
-        raise ValueError(f"the page has no markers for {', '.join(sorted(missing))}")
-    return MARKER.sub(lambda m: m[1] + made.get(m["subject"], m["body"]) + m[4], text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parametrization", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="write the result as JSON")
     parser.add_argument("--docs", type=Path, help="a page with the markers, whose tables are replaced")
     options = parser.parse_args(arguments)
-    began = time.perf_counter()
+    began, described = time.perf_counter(), environment.describe()
     with warnings.catch_warnings():
         warnings.simplefilter("error", AccuracyWarning)  # no entry of a table may rest on an unproved norm
-        records = [*times(), *training(), *replacements(), *gaps(), *shares()]
+        records = times()
+        torch.set_num_threads(1)  # small matrices
+        records += [*training(), *replacements(), *shares()]
     seconds = round(time.perf_counter() - began, 1)
-    result = document(records, environment.describe() | {"seconds": seconds})
+    result = document(records, described | {"seconds": seconds})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.docs:

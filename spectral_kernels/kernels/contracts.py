@@ -7,8 +7,7 @@ Conventions
   (ops/estimate.py chooses it); the words work for any shape.
 * The accumulation dtype `acc` is float64 for float64 matrices and float32 for every other dtype.
 * *Flat* tensors hold one block per matrix, one after the other, without padding: a flat `(b, n_j)` of acc is a 1-D
-tensor of
-  b * sum n_j numbers. Blocks are stored transposed: row c of matrix j's `(b, n_j)` is column c of V_j.
+  tensor of b * sum n_j numbers. Blocks are stored transposed: row c of matrix j's `(b, n_j)` is column c of V_j.
 * Small dense results (S, T, info, stats) are float64, one slice per matrix.
 * One read = one pass over the bytes of a matrix.
 * Words promise the same bits run to run, for any number of threads, alone or inside any list (native backends).
@@ -65,8 +64,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 #   skip   (N,) bool or None: matrices not to be read; their outputs are 0
 #   -> W   flat (b, n_j) acc     W = A' (A V)
 #      S   (N, b, b) float64     S = Y' Y with Y = A V
-#      stats (N, 4) float64      ||scale A||_F^2, max |A| (unscaled, NaN ignored), NaN flag, inf flag; zeros unless
-#      with_stats Y   flat (b, m_j) acc     empty unless with_y
+#      stats (N, 4) float64      ||scale A||_F^2, max |A| (unscaled, NaN ignored), NaN flag, inf flag;
+#                                zeros unless with_stats
+#      Y   flat (b, m_j) acc     empty unless with_y
 # A matrix with a non-finite entry has its flags right, everything else of it unspecified, and its neighbours untouched.
 _library.define(
     "gram_matvec(Tensor[] A, Tensor V, Tensor scale, Tensor? skip, int b, bool with_stats, bool with_y)"
@@ -87,8 +87,7 @@ def _gram_matvec_fake(A, V, scale, skip, b, with_stats, with_y):
 #   n      size of the tracked side of every matrix
 #   Q      flat (cap + b, n_j) acc: rows [0, K) are the orthonormal basis, K = `columns` + b, the last b of them the
 #          block V just read. On return rows [K, K + b) hold the next block.
-#   V      flat (b, n_j) acc: on return the next block (a copy of those rows of Q; zero rows where the space is
-#   exhausted)
+#   V      flat (b, n_j) acc: on return the next block (those rows of Q; zero rows where the space is exhausted)
 #   T      (N, cap + b, cap + b) float64, symmetric: Q' A'A Q. The word writes S into the diagonal block [K-b, K),
 #          and the coupling R of W = Q Q' W + V_next R into rows [K, K + b), columns [K-b, K), and its transpose.
 #   info   (N, INFO_COLUMNS) float64, updated; matrices with done = 1 are left alone
@@ -112,13 +111,12 @@ def _rayleigh_ritz_fake(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, mi
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# block_krylov: the whole estimator. Default: a loop over the two words above (ops/krylov.py); a backend may replace it.
+# block_krylov: the whole estimator. Default: a loop over the two words above (composites.py); a backend may replace it.
 #   V0     flat (b, n_j) acc orthonormal rows to start from, or None: drawn from (seed, shape)
 #   b      block width     steps  most reads     cap  most basis columns (a multiple of b), then a thick restart
 #   tol    as above; 0: exactly `steps` reads (fewer where the space is exhausted)
 #   vectors  0: none; 1: the leading right singular vector, flat (n_j); b: the b leading Ritz vectors, flat (b, n_j)
-#   with_t   also return T (N, steps*b + b, steps*b + b), for certificates; then no restart may happen (steps * b <=
-#   cap)
+#   with_t   also return T (N, steps*b + b, steps*b + b), for certificates; then steps * b <= cap: no restart
 #   -> info (N, INFO_COLUMNS) float64, X flat acc, T float64 (empty unless with_t)
 _library.define(
     "block_krylov(Tensor[] A, Tensor? V0, int b, int steps, int cap, int rank, float tol, int min_reads, int seed,"
@@ -140,8 +138,7 @@ def _block_krylov_fake(A, V0, b, steps, cap, rank, tol, min_reads, seed, vectors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# krylov_norm: block_krylov for one matrix (m, n) or stack (k, m, n), values only: a backend's short cut for small
-# calls.
+# krylov_norm: block_krylov for one matrix (m, n) or stack (k, m, n), values only: a short cut for small calls.
 #   -> () or (k,) acc: sigma_max; negative where tol was not proved within `steps` reads
 _library.define("krylov_norm(Tensor A, int b, int steps, int cap, float tol, int min_reads, int seed) -> Tensor")
 

@@ -94,9 +94,6 @@ class Ragged(NamedTuple):
             offset += length
         return out
 
-    def short(self) -> list[int]:
-        return [min(a.shape[1], a.shape[2]) for a in self.stacks]
-
 
 def ragged(A: Any, dim: tuple[int, int] = (-2, -1)) -> Ragged:
     """Check A (a tensor or a list of tensors) and view it as a ragged list; `dim` for tensors only."""

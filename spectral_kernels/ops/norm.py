@@ -50,12 +50,14 @@ def spectral_norm(
 
     A: (..., m, n), any float dtype, device and strides, or a list of such (one dtype and device; one launch).
     Returns (...): float64 for float64 input, float32 otherwise; for a list of matrices one tensor (len(A),), for a
-    list with stacks a list. tol: relative error of the result, in [16 eps, 1); docs/accuracy.md has the measured
-    probability of a miss. method: "krylov" (block Krylov, one read of A a step), "power" (block power iteration on
-    the same kernel), "gram" (repeated squaring of the Gram matrix in float64: at most tol above, never below), "svd"
-    (torch.linalg). steps: exactly so many reads instead of tol; nothing is sent to the host, so the call can be
-    captured in a CUDA graph. v0: a block (..., 4, side) from a former call with return_block=True; a slightly
-    changed matrix then takes one or two reads. Its last row is replaced by a random one, keyed by (seed, shape).
+    list with stacks a list.
+    tol: relative error of the result, in [16 eps, 1); docs/accuracy.md has the measured probability of a miss.
+    method: "krylov" (block Krylov, one read of A a step), "power" (block power iteration on the same kernel), "gram"
+    (repeated squaring of the Gram matrix in float64: at most tol above, never below), "svd" (torch.linalg).
+    steps: exactly so many reads instead of tol; nothing is sent to the host, so the call can be captured in a CUDA
+    graph.
+    v0: a block (..., 4, side) from a former call with return_block=True; a slightly changed matrix then takes one or
+    two reads. Its last row is replaced by a random one, keyed by (seed, shape).
     NaN entries give NaN, infinite ones inf, for that matrix alone; an empty matrix 0. The gradient is u v' of the final
     vectors. Not the spectral radius. Source: Musco and Musco 2015 (block Krylov); docs/accuracy.md (stop rule).
     """
@@ -89,7 +91,8 @@ def spectral_norm(
         values, _, _ = triplet.spectral_norm_op(batch.stacks, tol, steps or 0, seed, method)
     elif method == "power":
         with full_precision(batch.stacks):
-            values = power.estimate(batch.stacks, tol=tol, steps=steps, seed=seed).sigma
+            powered = power.estimate(batch.stacks, tol=tol, steps=steps, seed=seed)
+        values = finish(powered.estimate, batch.stacks, tol, steps)
     else:
         result = estimate(
             batch.stacks, tol=tol, steps=steps, seed=seed, V0=blocks, vectors=BLOCK if return_block else 0

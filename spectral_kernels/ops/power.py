@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from ..kernels import composites, registry
-from ..kernels.contracts import STATS, acc_dtype, counts, sides
+from ..kernels.contracts import INFO, INFO_COLUMNS, STATS, acc_dtype, counts, sides
 from ..kernels.reference import orthonormalize, runs
-from .estimate import BLOCK, MIN_READS, oriented
+from .estimate import BLOCK, MIN_READS, Estimate, oriented
 
 MOST_READS = 1000
 
 
 class PowerEstimate(NamedTuple):
-    sigma: Tensor  # (N,) acc
-    reads: int
-    V: Tensor  # flat (4, short_j): the final block, leading vector first
+    estimate: Estimate  # info as block Krylov's; X and T empty
+    V: Tensor  # flat (4, tracked_j): the final block, leading vector first
 
 
 def estimate(
@@ -38,9 +37,11 @@ def estimate(
     value = torch.zeros(N, dtype=torch.float64, device=device)
     skip = None
     special = value
+    info = torch.zeros((N, INFO_COLUMNS), dtype=torch.float64, device=device)
+    finished = torch.zeros(N, dtype=torch.bool, device=device)
     reads = 0
     if N == 0:
-        return PowerEstimate(value.to(acc), 0, V)
+        return PowerEstimate(Estimate(info, V, V), V)
     for reads in range(1, (steps or MOST_READS) + 1):
         W, S, stats, _ = words.gram_matvec(A, V, scale, skip, b, reads == 1, False)
         if reads == 1:
@@ -50,7 +51,8 @@ def estimate(
             rescaled = composites.safe_scale(amax, acc)
             if steps is not None or bool((rescaled != 1).any()):  # the same scale again costs a read, not a host sync
                 scale = rescaled.to(acc)
-                W, S, _, _ = words.gram_matvec(A, V, scale, finished, b, False, False)
+                W, S, stats, _ = words.gram_matvec(A, V, scale, finished, b, True, False)
+            info[:, INFO["frob2"]] = stats[:, STATS["frob2"]]
         V, estimated, error = _ritz(n, V, W, S, finished, b)
         value = torch.where(finished, value, estimated / scale.double())
         if steps is None and reads >= MIN_READS:
@@ -58,7 +60,12 @@ def estimate(
             if bool(finished.all()):
                 break
         skip = finished
-    return PowerEstimate((value + special).to(acc), reads, V)
+    info[:, INFO["sigma"]] = value + special
+    info[:, INFO["theta"]] = (value * scale.double()).square()
+    info[:, INFO["scale"]] = scale.double()
+    info[:, INFO["reads"]] = 1  # its space holds the Krylov space of one read: what a bracket may rely on
+    info[:, INFO["done"]] = finished.double()
+    return PowerEstimate(Estimate(info, V, V), V)
 
 
 def _ritz(n: list[int], V: Tensor, W: Tensor, S: Tensor, finished: Tensor, b: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,7 +122,7 @@ def leading_subspace(A: Tensor | Sequence[Tensor], rank: int, tol: float = 1e-3,
     batch = ragged(A)
     if not batch.stacks:
         return []
-    short = min(batch.short())
+    short = min(min(a.shape[1:]) for a in batch.stacks)
     rank = arguments.check_int("rank", rank, 1, short)
     tol, seed = arguments.check_tol(tol, batch.stacks[0].dtype), arguments.check_seed(seed)
     stacks, A_ = batch.stacks, [oriented(a) for a in batch.stacks]

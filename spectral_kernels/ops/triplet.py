@@ -61,7 +61,7 @@ def triplets(
         return tuple(A[0].new_empty(0, dtype=acc) for _ in range(3))  # type: ignore[return-value]
     if method == "power":
         run = power.estimate(stacks, tol=tol, steps=steps or None, seed=seed)
-        values = run.sigma
+        values = norm.finish(run.estimate, stacks, tol, steps or None)
         x = torch.cat([v[:: BLOCK].reshape(-1) for v in _rows(run.V, n, BLOCK)])
     else:
         result = estimate(stacks, tol=tol, steps=steps or None, seed=seed, V0=V0, vectors=1)

@@ -1,7 +1,7 @@
-"""Every Triton kernel, in every configuration that can be chosen, compiles for every target, without a GPU and without spills.
+"""Every Triton kernel, in every configuration that can be chosen, compiles for every target: no GPU, no spills.
 
-Run as a program this file compiles one job (Triton must not be in interpreter mode, as it is in the other tests) and prints
-what the compiler made of it. Results are kept in `.cache/triton-compile`, keyed by the kernels' sources and the versions.
+Run as a program this file compiles jobs (Triton must not be in interpreter mode, as it is in the other tests) and writes
+what the compiler made of them. They are kept in `.cache/triton-compile`, keyed by the sources and the versions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "triton-compile"
 KERNELS = ROOT / "spectral_kernels" / "kernels"
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 # shared memory a program may have, KB: the smallest of the family (sm_80 stands for sm_86 and sm_89 too), AMD's LDS
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 CONFIGURATIONS = [
@@ -71,7 +76,9 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     result["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
     result["spills"] = int(re.search(r"STACK:(\d+)", usage)[1])
     ptx = made.asm["ptx"]

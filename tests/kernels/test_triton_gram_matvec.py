@@ -1,4 +1,4 @@
-"""The Triton `gram_matvec` against float64: through the interpreter on CPU tensors, or on the GPU where there is one."""
+"""The Triton `gram_matvec` against float64: through the interpreter on CPU tensors, or on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def check(A: list[Tensor], b: int = 4, skip: Tensor | None = None) -> tuple[Tens
 
 def test_the_kernels_run_here() -> None:
     expected = "JITFunction" if DEVICE == "cuda" else "InterpretedFunction"
-    assert type(one_read.read_kernel).__name__ == expected, "Triton was imported before these tests chose the interpreter"
+    assert type(one_read.read_kernel).__name__ == expected, (
+        "Triton was imported before these tests chose the interpreter"
+    )
 
 
 @pytest.mark.parametrize(

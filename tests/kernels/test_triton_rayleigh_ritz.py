@@ -135,7 +135,9 @@ def test_stop_flags_of_finished_exhausted_and_zero_matrices() -> None:
         before = run.info.clone(), run.V.clone(), run.T.clone()
         ours, theirs = run.step(backend.rayleigh_ritz_), run.step(reference.rayleigh_ritz_)
         assert ours[3][:, INFO["done"]].tolist() == theirs[3][:, INFO["done"]].tolist() == expected
-        assert torch.equal(ours[3][finished], before[0][finished]) and torch.equal(ours[2][finished], before[2][finished])
+        assert torch.equal(ours[3][finished], before[0][finished]) and torch.equal(
+            ours[2][finished], before[2][finished]
+        )
         for j, (new, old) in enumerate(zip(run.blocks(ours[1]), run.blocks(before[1]), strict=True)):
             if finished[j]:
                 assert torch.equal(new, old)
@@ -190,9 +192,7 @@ def test_the_small_eigenproblem_at_any_gap(order: int, gap: float) -> None:
     Q, W = torch.zeros((order + 4) * n), torch.zeros(4 * n)  # no coupling: only the residual inside T is left
     info = torch.zeros(1, INFO_COLUMNS, dtype=torch.float64)
     state = [x.to(DEVICE) for x in (Q, torch.zeros(4 * n), T, info)]
-    backend.rayleigh_ritz_(
-        [n], *state, W.to(DEVICE), S.to(DEVICE), torch.ones(1, device=DEVICE), 4, columns, 1, 0.0, 1
-    )
+    backend.rayleigh_ritz_([n], *state, W.to(DEVICE), S.to(DEVICE), torch.ones(1, device=DEVICE), 4, columns, 1, 0.0, 1)
     theta, rho, error = (state[3][0, INFO[name]].item() for name in ("theta", "rho", "error"))
     assert 1 - 2e-7 <= theta <= 1 + 1e-13  # a pair closer than 2^-20 is not told apart: sigma within eps of float32
     assert rho <= 4e-6

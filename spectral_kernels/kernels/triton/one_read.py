@@ -1,12 +1,13 @@
-"""W = A'(A V) of a ragged list in one launch that reads every matrix once, and one launch that adds partial sums in order.
+"""W = A'(A V) of a ragged list: one launch reads every matrix once, one more adds partial sums in order.
 
     Y = scale A V            (m, b)    from a tile of rows, in registers
     W = sum over chunks of (scale A_chunk)' Y_chunk          from the same registers
-    S = Y'Y = V'W            ||scale A||_F^2,  max |A|,  NaN and inf flags
+    S = Y'Y in float64       from the Y just written
+    ||scale A||_F^2,  max |A|,  NaN and inf flags            from the same tiles
 
-A work item of the first launch is a chunk of consecutive rows of one matrix. Chunks and tiles depend on shape, strides and
-alignment alone, partial sums are added in a fixed order and nothing is atomic: a matrix gives the same bits alone and in
-any list.
+A work item of the first launch is a chunk of consecutive rows of one matrix. Chunks and tiles depend on shape, strides
+and alignment alone, partial sums are added in a fixed order and nothing is atomic: a matrix gives the same bits alone and
+in any list.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _tile(base, r, c, stop, n, sm, sn, FORM: tl.constexpr):
 
 @triton.jit
 def _statistics(x, scaled, squares, largest):
-    """Add a tile to the squares (float64) and the largest |entry| of its rows. Only a NaN entry makes the squares NaN."""
+    """Add a tile to the squares (float64) and the largest |entry| of its rows. Only a NaN makes the squares NaN."""
     squares += tl.sum(scaled * scaled, axis=2).to(tl.float64)
     size = tl.abs(x)
     return squares, tl.maximum(largest, tl.max(tl.where(size == size, size, 0.0), axis=2))
@@ -52,7 +53,7 @@ def _chunk(
     ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, FORM: tl.constexpr, LONG: tl.constexpr,
     VECTOR: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Y, the partial W and the statistics of one chunk of rows, in tiles (ROWS, 1, COLS) against blocks (1, 4, COLS)."""
+    """Y, the partial W and the statistics of a chunk of rows: tiles (ROWS, 1, COLS) against blocks (1, 4, COLS)."""
     base = tl.load(mine).to(tl.pointer_type(ELEMENT))
     m = tl.load(mine + 1).to(tl.int32)
     n = tl.load(mine + 2).to(tl.int32)
@@ -143,7 +144,7 @@ def read_kernel(
         elif kind == 6:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 1, True, VECTOR, STATS, STAGES)
         elif kind == 7:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 2, False, VECTOR, STATS, 1)
+            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 16, 128, 2, False, VECTOR, STATS, 1)
         else:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 2, True, VECTOR, STATS, 1)
         tl.debug_barrier()  # S comes from the Y that all threads of this program have written
@@ -161,12 +162,14 @@ def read_kernel(
         tl.store(record + left * 4 + right, S)
 
 
-@triton.jit(do_not_specialize=["table", "skip", "partial", "records", "W", "S", "stats", "items", "b", "has_skip", "with_stats"])
+@triton.jit(do_not_specialize=[
+    "table", "skip", "partial", "records", "W", "S", "stats", "items", "b", "has_skip", "with_stats",
+])  # fmt: skip
 def add_kernel(
     table, skip, partial, records, W, S, stats, items, b, has_skip, with_stats,
     CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of all chunks of one matrix, in order: a block of W, and with block 0 also S and the statistics."""
+    """Add the partial sums of a matrix's chunks, in order: a block of W; with block 0 also S and the statistics."""
     item = tl.load(table + items + tl.program_id(0))
     j = item >> 32
     block = (item & 0xFFFFFFFF).to(tl.int32)
@@ -206,13 +209,13 @@ def add_kernel(
 
 
 # Configurations. One launch has one number of warps, so one serves all kinds; nothing here has been timed on a GPU yet.
-#   16 warps: the 4 x 4096 numbers of V and of W are 32 registers each of the 128 that a thread of 512 can have (AMD: 8 warps
-#     of 64). Tiles hold up to 4096 entries, 8 a thread; 4 stages keep three tiles in flight through shared memory (48 KB in
-#     float32; AMD: 2 stages for 64 KB of LDS).
-#   kind 0-3: inner stride 1 on n.  kind 4-6: inner stride 1 on m, 8 to 32 rows of consecutive addresses.  kind 7-8: other.
-#   4096 columns are the widest row that one read serves; beyond (and beyond 512 for kind 4-6, 128 for other) the panel of 32
+#   16 warps: the 4 x 4096 numbers of V and of W are 32 registers each of the 128 that a thread of 512 can have (AMD: 8
+#     warps of 64). Tiles hold up to 4096 entries, 8 a thread; 4 stages keep three tiles in flight through shared memory
+#     (48 KB in float32; AMD: 2 stages for 64 KB of LDS). Narrower tiles for some kinds keep the whole free of spills.
+#   kind 0-3: inner stride 1 on n.  kind 4-6: inner stride 1 on m, 8 to 32 consecutive rows a load.  kind 7-8: other.
+#   4096 columns are the widest row that one read serves; beyond (beyond 512 for kind 4-6, 128 for other) a panel of 32
 #     rows is loaded twice, and whether L2 serves the second load depends on the number of panels in flight.
-KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 16), (512, 8)), STRIDED: ((128, 32),)}
+KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 16), (512, 8)), STRIDED: ((128, 16),)}
 FIRST_KIND = {ROW: 0, COLUMN: 4, STRIDED: 7}
 PANEL = 32  # rows of a long chunk
 VECTOR = 4  # entries a load: 16 bytes of float32, 8 bytes of the half types (16 would double the registers of V and W)
@@ -242,8 +245,8 @@ def _form(address: int, m: int, n: int, sm: int, sn: int, itemsize: int) -> int:
 def _chunks(m: int, n: int, form: int) -> tuple[int, int]:
     """(kind, rows of a chunk), from the shape and the form alone.
 
-    About 256 chunks a matrix fill a GPU; at least 32 rows each keep the partial sums (4 n fp32) at 1/8 of the matrix, and at
-    most 2048 rows each keep a serial sum short.
+    About 256 chunks a matrix fill a GPU; at least 32 rows each keep the partial sums (4 n float32) at 1/8 of the matrix,
+    at most 2048 rows each keep a serial sum short.
     """
     rows = min(max(32, -(-m // 256)), 2048)
     for place, (width, tile) in enumerate(KINDS[form]):

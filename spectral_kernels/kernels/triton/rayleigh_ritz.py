@@ -2,13 +2,14 @@
 
     W <- W - Q'(Q W), twice; then within the block: W = X R, columns at noise level deflated
     T_K = T with Y'Y as its last diagonal block (K = columns + b);   its leading pairs (theta_p, z_p), p <= rank
-    rho_p = ||A'A Q z_p - theta_p Q z_p|| / theta_1,   rho_p^2 theta_1^2 = ||R z_p[last block]||^2 + ||T z_p - theta_p z_p||^2
+    rho_p = ||A'A Q z_p - theta_p Q z_p|| / theta_1 = sqrt(||R z_p[last block]||^2 + ||T z_p - theta_p z_p||^2) / theta_1
     error = max_p 0.5 rho_p^2 / ((theta_p - theta_(rank+1)) / theta_1 + rho_p)
 
-The pairs come from repeated squaring: M = T^(2^20) / trace is theta_1's projector up to eigenvalues closer than 2^-20, and a
-component at relative distance d leaves d exp(-2^20 d) <= 4e-7 in the residual, whatever the spectrum. Squaring is in float32
-(noise of the same size); the vector is polished by power steps with T in float64, theta is its float64 Rayleigh quotient,
-hence a lower bound, and what is left of its own residual is counted in rho. The next pair is that of T - theta z z'.
+The pairs come from repeated squaring: M = T^(2^20) / trace is theta_1's projector up to eigenvalues closer than 2^-20,
+and a component at relative distance d leaves d exp(-2^20 d) <= 4e-7 in the residual, whatever the spectrum. Squaring is
+in float32 (noise of the same size); the vector is polished by power steps with T in float64, theta is its float64
+Rayleigh quotient, hence a lower bound, and what is left of its own residual is counted in rho. The next pair is that of
+T - theta z z'.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ INFO_FIELDS = tl.constexpr(INFO_COLUMNS)
 
 @triton.jit
 def _within(X, R, W, floor):
-    """Gram-Schmidt of the rows of W (1, 4, COLS), each twice against the rows before it: X, R (1, 4, 4) with W = R'X."""
+    """Gram-Schmidt of the rows of W (1, 4, COLS), each twice against those before: X, R (1, 4, 4) with W = R'X."""
     i = tl.arange(0, 4)[None, :, None]
     j = tl.arange(0, 4)[None, None, :]
     for c in range(4):
@@ -69,7 +70,7 @@ def _orthonormalize(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.conste
 
 @triton.jit
 def _orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The same for longer rows, worked on in place in rows [K, K + b) of Q; barriers where threads read others' stores."""
+    """The same for longer rows, in place in rows [K, K + b) of Q; barriers where threads read others' stores."""
     i = tl.arange(0, 4)[None, :, None]
     j = tl.arange(0, 4)[None, None, :]
     x = q + K.to(tl.int64) * n
@@ -160,8 +161,8 @@ def _times(P, z, across, ORDER: tl.constexpr):
 
 @triton.jit
 def _pair(P, z, M, ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr):
-    """Leading pair of the symmetric (ORDER, ORDER) float64 matrix P: theta and ||P z - theta z||^2, z in memory; P becomes
-    P - theta z z'. M: float32 scratch for two such matrices."""
+    """Leading pair of the symmetric (ORDER, ORDER) float64 matrix P: theta and ||P z - theta z||^2, z in memory;
+    P becomes P - theta z z'. M: float32 scratch for two such matrices."""
     c = tl.arange(0, ORDER)[None, :]
     d = tl.arange(0, ORDER)
     trace = tl.sum(tl.load(P + d * (ORDER + 1)), axis=0)
@@ -291,8 +292,8 @@ def step_kernel(
         tl.store(t + (columns + y) * order + K + x, R, mask=block)
 
 
-# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers of a thread; T goes through memory in
-# slices of 32 rows (slices of 64 spill at ORDER 128). One compilation per power of two above K.
+# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers of a thread; T goes through memory
+# in slices of 32 rows (slices of 64 spill at ORDER 128). One compilation per power of two above K. Not timed on a GPU yet.
 ORDERS = (32, 64, 128)
 SQUARINGS = 20
 RANK_LIMIT = 15  # with the next one, 16 Ritz values
@@ -301,7 +302,7 @@ HIP = torch.version.hip is not None
 
 
 def step_options(hip: bool = HIP) -> dict[str, object]:
-    """How `step_kernel` is compiled. Products of float32: three TF32 ones on NVIDIA's tensor cores; AMD's take float32."""
+    """How `step_kernel` is compiled. Float32 products: three TF32 ones on NVIDIA's tensor cores; AMD's take float32."""
     return {
         "SLICE": 32,
         "SQUARINGS": SQUARINGS,
