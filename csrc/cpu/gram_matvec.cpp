@@ -6,7 +6,7 @@
 namespace sk {
 namespace {
 
-constexpr int64_t kRowPanelBytes = 256 << 10;     // a panel and the block rows stay in a 1 MB second-level cache
+constexpr int64_t kRowPanelBytes = 128 << 10;     // a panel and the block rows stay in a 1 MB second-level cache
 constexpr int64_t kColumnPanelBytes = 384 << 10;
 constexpr int64_t kColumnBlockBytes = 4096;       // block rows of this length stay in the first-level cache
 

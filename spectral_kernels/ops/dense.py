@@ -26,8 +26,9 @@ def _guarded(A: Tensor, compute, tol: float) -> Tensor:  # type: ignore[no-untyp
     with torch.no_grad():
         amax = A.double().abs().amax((1, 2))  # NaN propagates
         nan, inf = amax.isnan(), A.isinf().flatten(1).any(1)
-        bad = nan | inf
-        exponent = torch.frexp(torch.where(bad | (amax == 0), torch.ones_like(amax), amax)).exponent
+        zero = amax == 0
+        bad = nan | inf | zero
+        exponent = torch.frexp(torch.where(bad, torch.ones_like(amax), amax)).exponent
         # two factors: one may leave the range; float64, since ldexp's backward is 0 for negative integer exponents
         down = (-exponent // 2).double()
         up = -exponent - down
@@ -35,7 +36,7 @@ def _guarded(A: Tensor, compute, tol: float) -> Tensor:  # type: ignore[no-untyp
     x = torch.ldexp(torch.ldexp(x, down[:, None, None]), up[:, None, None])
     value = compute(x if n <= m else x.mT, tol)
     value = torch.ldexp(torch.ldexp(value, -down), -up)
-    value = torch.where(nan, torch.nan, torch.where(inf, torch.inf, value))
+    value = torch.where(zero, 0.0, torch.where(nan, torch.nan, torch.where(inf, torch.inf, value)))
     return value.to(acc)
 
 

@@ -114,6 +114,7 @@ def _fast(A: Tensor, tol: float, dim: Any, steps: int | None, seed: int) -> Tens
         or steps is not None
         or dim != (-2, -1)
         or type(seed) is not int
+        or not -(1 << 63) <= seed < 1 << 63
         or (A.requires_grad and torch.is_grad_enabled())
         or not 4e-6 <= tol < 1  # looser than any dtype's reach: tighter ones are checked on the general way
         or A.dtype not in arguments.FLOATS

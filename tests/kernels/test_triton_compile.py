@@ -1,7 +1,7 @@
 """Every Triton kernel, in every configuration that can be chosen, compiles for every target: no GPU, no spills.
 
-Run as a program this file compiles jobs (Triton must not be in interpreter mode, as it is in the other tests) and writes
-what the compiler made of them. They are kept in `.cache/triton-compile`, keyed by the sources and the versions.
+Run as a program this file compiles jobs (Triton must not be in interpreter mode, as it is in the other tests) and
+writes what the compiler made of them. They are kept in `.cache/triton-compile`, keyed by the sources and the versions.
 """
 
 from __future__ import annotations
@@ -106,21 +106,19 @@ def compiled() -> dict[tuple[str, str], dict[str, object] | str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
 
-    def work(targets: list[str]) -> dict[tuple[str, str], dict[str, object] | str]:
-        """One process for a list of jobs: importing Triton costs more than a small compilation."""
-        wanted = [job for job in JOBS if job[0] in targets]
-        files = {job: folder / f"{job[0]} {job[1]}.json" for job in wanted}
-        missing = [job for job in wanted if not files[job].exists()]
-        errors: dict[tuple[str, str], dict[str, object] | str] = {}
+    def work(target: str) -> dict[tuple[str, str], dict[str, object] | str]:
+        """One process per target: importing Triton costs more than a small compilation."""
+        files = {(target, configuration): folder / f"{target} {configuration}.json" for configuration in CONFIGURATIONS}
+        missing = [job for job, file in files.items() if not file.exists()]
+        error = ""
         if missing:
             command = [sys.executable, __file__, json.dumps(missing), str(folder)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            errors = {job: done.stderr[-3000:] or f"exit status {done.returncode}" for job in missing}
-        return {job: json.loads(file.read_text()) if file.exists() else errors[job] for job, file in files.items()}
+            error = done.stderr[-3000:] or f"exit status {done.returncode}"
+        return {job: json.loads(file.read_text()) if file.exists() else error for job, file in files.items()}
 
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(work, (["sm_80", "sm_90"], ["sm_100", "gfx942"]))
-        return {job: result for half in halves for job, result in half.items()}
+        return {job: result for part in pool.map(work, TARGETS) for job, result in part.items()}
 
 
 @pytest.mark.parametrize(("target", "configuration"), JOBS)

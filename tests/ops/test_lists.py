@@ -63,6 +63,8 @@ def test_an_empty_list_gives_an_empty_tensor(method):
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_ragged_lists(family, backend):
+    if (family, backend) == ("three hundred", "reference"):
+        pytest.skip("five seconds of small matrices, which the other families hold as well")
     A = ragged(family, "contiguous", torch.float32)
     for v, a in zip(sk.spectral_norm(A), A, strict=True):
         torch.testing.assert_close(v, torch.tensor([exact(x) for x in a]), rtol=1e-3, atol=0)
@@ -77,8 +79,8 @@ def test_neighbours_do_not_matter(dtype):
         torch.full((30, 20), torch.nan),
         torch.full((150, 260), torch.inf),
         torch.zeros(260, 150),
-        torch.full((30, 20), torch.finfo(dtype).max / 2),
-        torch.full((150, 260), torch.finfo(dtype).tiny),
+        torch.full((30, 20), torch.finfo(dtype).max / 2, dtype=dtype),
+        torch.full((150, 260), torch.finfo(dtype).tiny, dtype=dtype),
         torch.zeros(0, 4),
     ]
     mixed = [a for pair in zip(A, odd, strict=True) for a in (pair[0], pair[1].to(dtype))]

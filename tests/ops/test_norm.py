@@ -135,6 +135,23 @@ def test_scale_by_powers_of_two_is_exact(method, shape, backend):
         assert torch.equal(sk.spectral_norm(A * 2.0**exponent, method=method), value * 2.0**exponent), exponent
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_repeated_read_changes_nothing_but_the_count(family, backend):
+    """At another scale the first read is repeated: the same steps follow, to the same end."""
+    for size in (40, 160):
+        A = make(family, size, 0).A
+        one = estimate([A[None]]).info[0]
+        for exponent in (-500, 500):
+            moved = estimate([A[None] * 2.0**exponent]).info[0]
+            assert moved[INFO["columns"]] == one[INFO["columns"]]
+            assert moved[INFO["reads"]] == one[INFO["reads"]] + 1
+            value = moved[INFO["sigma"]] * 2.0**-exponent
+            if backend == "cpu":
+                assert value == one[INFO["sigma"]]
+            else:  # LAPACK's eigenvectors of a cluster move by a rounding with the scale
+                assert float(value) == pytest.approx(float(one[INFO["sigma"]]), rel=1e-12)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_scale_in_float64(method, backend):
     A = torch.randn(40, 70, dtype=torch.float64)

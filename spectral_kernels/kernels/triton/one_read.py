@@ -6,8 +6,8 @@
     ||scale A||_F^2,  max |A|,  NaN and inf flags            from the same tiles
 
 A work item of the first launch is a chunk of consecutive rows of one matrix. Chunks and tiles depend on shape, strides
-and alignment alone, partial sums are added in a fixed order and nothing is atomic: a matrix gives the same bits alone and
-in any list.
+and alignment alone, partial sums are added in a fixed order and nothing is atomic: a matrix gives the same bits alone
+and in any list.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def read_kernel(
         elif kind == 6:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 1, True, VECTOR, STATS, STAGES)
         elif kind == 7:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 16, 128, 2, False, VECTOR, STATS, 1)
+            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 8, 128, 2, False, VECTOR, STATS, 1)
         else:
             _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 2, True, VECTOR, STATS, 1)
         tl.debug_barrier()  # S comes from the Y that all threads of this program have written
@@ -215,7 +215,7 @@ def add_kernel(
 #   kind 0-3: inner stride 1 on n.  kind 4-6: inner stride 1 on m, 8 to 32 consecutive rows a load.  kind 7-8: other.
 #   4096 columns are the widest row that one read serves; beyond (beyond 512 for kind 4-6, 128 for other) a panel of 32
 #     rows is loaded twice, and whether L2 serves the second load depends on the number of panels in flight.
-KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 16), (512, 8)), STRIDED: ((128, 16),)}
+KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 16), (512, 8)), STRIDED: ((128, 8),)}
 FIRST_KIND = {ROW: 0, COLUMN: 4, STRIDED: 7}
 PANEL = 32  # rows of a long chunk
 VECTOR = 4  # entries a load: 16 bytes of float32, 8 bytes of the half types (16 would double the registers of V and W)
@@ -245,8 +245,8 @@ def _form(address: int, m: int, n: int, sm: int, sn: int, itemsize: int) -> int:
 def _chunks(m: int, n: int, form: int) -> tuple[int, int]:
     """(kind, rows of a chunk), from the shape and the form alone.
 
-    About 256 chunks a matrix fill a GPU; at least 32 rows each keep the partial sums (4 n float32) at 1/8 of the matrix,
-    at most 2048 rows each keep a serial sum short.
+    About 256 chunks a matrix fill a GPU; at least 32 rows each keep the partial sums (4 n float32) at 1/8 of a matrix
+    or less, at most 2048 rows each keep a serial sum short.
     """
     rows = min(max(32, -(-m // 256)), 2048)
     for place, (width, tile) in enumerate(KINDS[form]):

@@ -1,9 +1,9 @@
 """Descriptor tables: a ragged list as one int64 tensor on the device, so that any number of matrices is one launch.
 
-A table holds Python integers only (addresses, sizes, strides, offsets), travels with one non-blocking copy, and is kept
-for the lists seen last: a list with the same addresses, shapes and strides sends nothing. Under CUDA-graph capture such a
-hit leaves kernel launches alone in the graph, so call once with the same tensors before the capture; a miss under capture
-puts the copy into the graph and keeps its pinned source alive for as long as the process runs.
+A table holds Python integers only (addresses, sizes, strides, offsets), travels with one non-blocking copy, and is
+kept for the lists seen last: a list with the same addresses, shapes and strides sends nothing. Under CUDA-graph
+capture such a hit leaves kernel launches alone in the graph, so call once with the same tensors before the capture; a
+miss under capture puts the copy into the graph and keeps its pinned source alive for as long as the process runs.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     W <- W - Q'(Q W), twice; then within the block: W = X R, columns at noise level deflated
     T_K = T with Y'Y as its last diagonal block (K = columns + b);   its leading pairs (theta_p, z_p), p <= rank
-    rho_p = ||A'A Q z_p - theta_p Q z_p|| / theta_1 = sqrt(||R z_p[last block]||^2 + ||T z_p - theta_p z_p||^2) / theta_1
+    rho_p = ||A'A Q z_p - theta_p Q z_p|| / theta_1 = ||(R z_p[last block], T z_p - theta_p z_p)|| / theta_1
     error = max_p 0.5 rho_p^2 / ((theta_p - theta_(rank+1)) / theta_1 + rho_p)
 
 The pairs come from repeated squaring: M = T^(2^20) / trace is theta_1's projector up to eigenvalues closer than 2^-20,
@@ -292,8 +292,9 @@ def step_kernel(
         tl.store(t + (columns + y) * order + K + x, R, mask=block)
 
 
-# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers of a thread; T goes through memory
-# in slices of 32 rows (slices of 64 spill at ORDER 128). One compilation per power of two above K. Not timed on a GPU yet.
+# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers a thread has; T goes through
+# memory in slices of 32 rows (slices of 64 spill at ORDER 128). One compilation per power of two above K.
+# Nothing here has been timed on a GPU yet.
 ORDERS = (32, 64, 128)
 SQUARINGS = 20
 RANK_LIMIT = 15  # with the next one, 16 Ritz values
