@@ -174,7 +174,7 @@ void rayleigh_ritz_typed(const std::vector<int64_t>& n, T* q, T* v, double* t, d
     sk::Step<T> step{size, ldn, b, columns, rank, basis.data(), block.data(), ti, rows, first.data(), &z};
     const bool goes_on = sk::extend(step) && K < size;
     const bool met = sk::assess(step, tol, true, row);
-    if (!goes_on || !(row[sk::kTheta] > 0) || (tol > 0 && met && sk::enough_reads(row, min_reads))) row[sk::kDone] = 1;
+    if (!goes_on || !(row[sk::kTheta] > 0) || (tol > 0 && met && sk::enough_reads(row, b, min_reads))) row[sk::kDone] = 1;
     for (int64_t c = 0; c < b; ++c) {
       std::copy_n(block.data() + c * ldn, size, qi + (K + c) * size);
       std::copy_n(block.data() + c * ldn, size, vi + c * size);

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import parametrizations as parametrizations
-    from .explain import explain as explain
+    from .explanation import explain as explain
     from .kernels.registry import BackendUnavailable as BackendUnavailable
     from .kernels.registry import force as force
     from .ops.bounds import SpectralBounds as SpectralBounds
@@ -34,7 +34,7 @@ _PUBLIC = {
     "spectral_bounds": ".ops.bounds",
     "SpectralBounds": ".ops.bounds",
     "spectral_norm_": ".ops.rescale",
-    "explain": ".explain",
+    "explain": ".explanation",
     "force": ".kernels.registry",
     "BackendUnavailable": ".kernels.registry",
 }

@@ -16,7 +16,7 @@ LAYERS = [
     {"kernels", "scaling"},
     {"ops"},
     {"distributed"},
-    {"optim", "parametrizations", "integrations", "explain"},
+    {"optim", "parametrizations", "integrations", "explanation"},
     {"bench", "diagnostics", "checkpoints", "inspection", "inspection_plot", "comparison", "doctor", "reporting"},
     {"experiments"},
     {"cli", "__main__"},

@@ -322,7 +322,7 @@ void run_krylov(const KrylovTask<T>& k) {
     const bool due = k.tol > 0 && step + 1 >= k.min_reads && !(tiny && (step - k.min_reads) % 2);
     if (!goes_on || last || due) {
       const bool met = assess(s, k.tol, last || !goes_on, info);
-      if (!goes_on || (k.tol > 0 && met && enough_reads(info, k.min_reads))) {
+      if (!goes_on || (k.tol > 0 && met && enough_reads(info, b, k.min_reads))) {
         info[kDone] = 1;
         break;
       }

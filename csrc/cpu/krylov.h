@@ -38,10 +38,11 @@ bool extend(Step<T>& s);
 template <class T>
 bool assess(Step<T>& s, double tol, bool exact, double* info);
 
-// One read more than `min_reads` while a larger value could hide outside the basis.
-inline bool enough_reads(const double* info, int64_t min_reads) {
+// One block more than `min_reads` while a larger value could hide outside the basis. Blocks, not reads: a first read repeated
+// at another scale teaches nothing.
+inline bool enough_reads(const double* info, int64_t b, int64_t min_reads) {
   const bool hidden = info[kFrob2] - info[kTrace] > 0.5 * info[kTheta];
-  return info[kReads] >= double(min_reads + hidden);
+  return info[kColumns] >= double(b * (min_reads + hidden));
 }
 
 template <class T>

@@ -93,8 +93,8 @@ def _gram_matvec_fake(A, V, scale, skip, b, with_stats, with_y):
 #   info   (N, INFO_COLUMNS) float64, updated; matrices with done = 1 are left alone
 #   W, S   as gram_matvec returned them; scale (N,) acc as given to it
 #   columns  basis columns before this block: 0, b, 2b, ...
-#   tol    stop when 10 * error <= tol at `min_reads` reads or more, one more while frob2 - trace > theta / 2 (a
-#          larger value could hide outside the basis); 0: never stop early
+#   tol    stop when 10 * error <= tol with `min_reads` blocks in the basis or more, one more while
+#          frob2 - trace > theta / 2 (a larger value could hide outside the basis); 0: never stop early
 #   rank   the error estimate covers the `rank` leading Ritz values (1: sigma_max)
 # W is orthogonalized against rows [0, K) of Q twice, then within itself and, where its rows are nearly collinear,
 # against Q again; a row whose remainder is below 8 eps(acc) max(theta, longest row of W) is deflated: a zero row of

@@ -149,7 +149,7 @@ def rayleigh_ritz_(
         rho = residual[:, 0]
         trace = projected.diagonal(dim1=1, dim2=2).sum(1)
         hidden = info[mine, INFO["frob2"]] - trace > 0.5 * theta  # a larger value could hide outside the basis
-        enough = info[mine, INFO["reads"]] >= min_reads + hidden.double()
+        enough = K >= b * (min_reads + hidden.long())  # blocks: a first read repeated at another scale teaches nothing
         done = (theta <= 0) | (enough & (10 * error <= tol) & (tol > 0)) | (K >= size)
         done |= R.diagonal(dim1=1, dim2=2).amax(1) <= 0
 

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import random, registry
+from ..kernels import registry
 from ..kernels.contracts import INFO, acc_dtype
-from ..kernels.reference import orthonormalize
 from . import arguments, certificates
 from .arguments import ragged
-from .estimate import BLOCK, oriented
+from .estimate import BLOCK, oriented, warm_blocks
 from .norm import _check_blocks
 
 SQUARINGS = 6  # S_128: at most 1.067 sigma_max for n = 4096
@@ -78,7 +77,7 @@ def spectral_bounds(
         stacks = [oriented(a.detach()) for a in batch.stacks]
         kept = None if v0 is None else _check_blocks(v0, batch)
         b = block if kept is None else block + BLOCK
-        start = None if kept is None else _warm_start(stacks, kept, block, seed)
+        start = None if kept is None else warm_blocks(kept, stacks, seed, block)
         words = registry.words(stacks[0].device.type, stacks[0].dtype, b)
         info, X, T = words.block_krylov(stacks, start, b, steps, steps * b, 1, 0.0, 1, seed, b, True)
         lower, upper, method = _bracket(stacks, info.cpu(), T.cpu(), b, block, delta, deterministic)
@@ -96,20 +95,6 @@ def spectral_bounds(
         first += a.shape[0]
         out.append(SpectralBounds(lowers[i], uppers[i], kind, delta, reads_of[i], mine, blocks[i]))
     return out
-
-
-def _warm_start(stacks: Sequence[Tensor], kept: Sequence[Tensor], fresh: int, seed: int) -> Tensor:
-    """Flat orthonormal blocks: `fresh` new random rows first (the certificate rests on their span), then the kept
-    rows."""
-    parts = []
-    for a, v in zip(stacks, kept, strict=True):
-        k, r, n = v.shape
-        draw = random.normals(random.key(seed, a.shape[1], a.shape[2], 2), fresh * n, v.device).view(1, fresh, n)
-        given = torch.nn.functional.normalize(torch.nan_to_num(v.double(), posinf=0, neginf=0), dim=2)
-        rows = torch.cat((draw.expand(k, fresh, n), given), 1)
-        floor = torch.full((k,), 1e-6, dtype=torch.float64, device=v.device)
-        parts.append(orthonormalize(rows, rows[:, :0], floor)[0].to(v.dtype).reshape(-1))
-    return torch.cat(parts)
 
 
 def _leading(blocks: list[Tensor]) -> list[Tensor]:

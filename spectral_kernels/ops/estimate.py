@@ -59,20 +59,24 @@ def tracked(A: Tensor) -> int:
     return oriented(A).shape[2]
 
 
-def warm_blocks(V0: Sequence[Tensor], stacks: Sequence[Tensor], seed: int) -> Tensor:
-    """Flat orthonormal start: the given rows (k, b, n), the last quarter (at least one) replaced by fresh random ones.
+def warm_blocks(kept: Sequence[Tensor], stacks: Sequence[Tensor], seed: int, fresh: int = BLOCK) -> Tensor:
+    """Flat orthonormal blocks (fresh + b, n_j): `fresh` random rows, then the kept rows (k, b, n) of a former call.
 
-    Fresh rows keep a start from being orthogonal to a new leading direction. They are keyed by (seed, shape): vary
-    the seed from call to call to draw others.
+    The random rows, keyed by (seed, shape), make a warm start as safe as a cold one: no direction can hide from them,
+    and certificates rest on their span. A stop rule that sees kept rows alone trusts an old direction.
     """
     parts = []
-    for v, a in zip(V0, stacks, strict=True):
+    for a, v in zip(stacks, kept, strict=True):
         k, b, n = v.shape
-        fresh = min(n, max(1, b // 4))
-        draw = random.normals(random.key(seed, a.shape[1], a.shape[2], 1), fresh * n, v.device).view(1, fresh, n)
-        block = torch.cat((draw.expand(k, fresh, n), v[:, : b - fresh].double()), 1)  # fresh first: never deflated
-        x, _ = orthonormalize(block, block[:, :0], torch.full((k,), 1e-6, dtype=torch.float64, device=v.device))
-        parts.append(x.to(v.dtype).reshape(-1))
+        draws = random.normals(random.key(seed, a.shape[1], a.shape[2], 1), (fresh + b) * n, v.device)
+        draw, spare = draws.view(1, fresh + b, n).expand(k, -1, -1).split((fresh, b), 1)
+        given = v.double()
+        length = torch.linalg.vector_norm(given, dim=2, keepdim=True)
+        usable = torch.isfinite(length) & (length > 0)  # zero rows come from exhausted spaces: random ones instead
+        given = torch.where(usable, given / torch.where(usable, length, 1.0), spare)
+        rows = torch.cat((draw, given), 1)
+        floor = torch.full((k,), 1e-6, dtype=torch.float64, device=v.device)
+        parts.append(orthonormalize(rows, rows[:, :0], floor)[0].to(v.dtype).reshape(-1))
     return torch.cat(parts)
 
 
@@ -92,13 +96,16 @@ def estimate(
     """Run block Krylov over a ragged list of stacks (k, m, n), one dtype and device.
 
     steps: exactly so many reads (no host synchronization); otherwise as many as `tol` needs, at most MOST_READS.
-    V0: one (k, b, tracked) block per stack to start from. vectors: leading singular vectors to return, on the tracked
-    side. with_t: return the projected matrices.
+    V0: one (k, rows, tracked) block per stack to start from, beside the random rows of a cold start. vectors: leading
+    singular vectors to return, on the tracked side. with_t: return the projected matrices.
     """
     A = [oriented(a) for a in stacks]
     first = A[0]
+    start = None
+    if V0 is not None:
+        start = warm_blocks(V0, A, seed)
+        b = BLOCK + V0[0].shape[1]
     words = registry.words(first.device.type, first.dtype, b)
-    start = None if V0 is None else warm_blocks(V0, A, seed)
     reads = MOST_READS if steps is None else steps
     cap = max(BASIS_COLUMNS // b, 4) * b
     if with_t:
@@ -114,4 +121,4 @@ def estimate(
 
 def sigma(result: Estimate, dtype: torch.dtype) -> Tensor:
     """(N,) estimates in the dtype in which norms of `dtype` come back."""
-    return result.info[:, INFO["sigma"]].to(acc_dtype(dtype))
+    return result.info[:, INFO["sigma"]].to(acc_dtype(dtype)).contiguous()

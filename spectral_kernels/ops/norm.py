@@ -132,6 +132,15 @@ def _fast(A: Tensor, tol: float, dim: Any, steps: int | None, seed: int) -> Tens
     return values if proved else None
 
 
+def norms64(stacks: Sequence[Tensor], tol: float, seed: int) -> Tensor:
+    """(N,) float64 norms: finite also where they lie above the range of the matrices' dtype."""
+    if triplet.must_be_opaque(stacks):
+        return triplet.spectral_norm_op(list(stacks), tol, 0, seed, "krylov")[0].double()
+    result = estimate(stacks, tol=tol, seed=seed)
+    values = finish(result, stacks, tol, None).double()
+    return torch.where(values.isinf(), result.info[:, INFO["sigma"]], values)
+
+
 def finish(result: Estimate, stacks: Sequence[Tensor], tol: float, steps: int | None, cold: bool = True) -> Tensor:
     """(N,) values; where the reads ended too early: a dense method for small matrices, else a warning."""
     values = sigma(result, stacks[0].dtype)

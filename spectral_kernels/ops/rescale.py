@@ -14,7 +14,7 @@ from .. import scaling
 from ..kernels.contracts import acc_dtype
 from . import arguments
 from .arguments import ragged
-from .norm import spectral_norm
+from .norm import norms64
 
 MODES = ("normalize", "cap")
 
@@ -37,11 +37,14 @@ def spectral_norm_(
         raise TypeError(f"target must be a number or a rule name, not {type(target).__name__}")
     elif target not in scaling.RULES:
         raise ValueError(f"target must be a number or one of {', '.join(scaling.RULES)}, not {target!r}")
+    if not batch.stacks:
+        return W
+    tol, seed = arguments.check_tol(tol, batch.stacks[0].dtype), arguments.check_seed(seed)
     tensors = list(W) if batch.is_list else [W]
     with torch.no_grad():
-        norms = spectral_norm([w.detach() for w in tensors], tol, seed=seed)
-        for w, norm in zip(tensors, norms, strict=True):
-            _rescale(w, norm.double(), target, mode)
+        batch = ragged([w.detach() for w in tensors])
+        for w, norm in zip(tensors, batch.scatter(norms64(batch.stacks, tol, seed)), strict=True):
+            _rescale(w, norm, target, mode)
     return W
 
 
@@ -53,7 +56,7 @@ def _rescale(w: Tensor, norm: Tensor, target: Any, mode: str) -> None:
         warnings.warn(
             f"spectral_norm_: {int(bad.sum())} of {norm.numel()} matrices of shape {tuple(w.shape[-2:])} hold NaN or "
             "infinite entries and were left as they are",
-            stacklevel=4,
+            stacklevel=3,
         )
     wanted = scaling.target(target, w.shape[-2], w.shape[-1])
     usable = ~bad & (norm > 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import registry
 from ..kernels.contracts import INFO, acc_dtype, counts
+from ..kernels.reference import blocks as blocks_of
 from . import arguments
 from .arguments import Ragged, ragged
 from .estimate import BLOCK, estimate, full_precision, oriented, sigma
@@ -98,6 +99,11 @@ def stable_rank(A: Tensor | Sequence[Tensor], tol: float = 1e-3, *, seed: int = 
     return flat if batch.plain else parts if batch.is_list else parts[0]
 
 
+def _completed(x: Tensor) -> Tensor:
+    """Flat orthonormal rows of x (k, b, n): zero rows (deflated directions) become a completion of the basis."""
+    return torch.linalg.qr(x.mT.double()).Q.mT.to(x.dtype).reshape(-1)
+
+
 def _stable_rank_by_norm(batch: Ragged, tol: float, seed: int) -> Any:
     """The same from the opaque op, for torch.compile and vmap: the Frobenius norm costs a read of its own."""
     values, _, _ = spectral_norm_op(batch.stacks, tol, 0, seed, "krylov")
@@ -133,11 +139,12 @@ def leading_subspace(A: Tensor | Sequence[Tensor], rank: int, tol: float = 1e-3,
         # Rayleigh-Ritz on A X: one more read gives Y = A X; its small SVD the triplets
         words = registry.words(A_[0].device.type, A_[0].dtype, b)
         scale = unit_scale(sigma(result, stacks[0].dtype)).to(result.X.dtype)
-        _, _, _, Y = words.gram_matvec(A_, result.X, scale, ~finite, b, False, True)
+        X = torch.cat([_completed(x) for x in blocks_of(result.X, b, A_, 2)])
+        _, _, _, Y = words.gram_matvec(A_, X, scale, ~finite, b, False, True)
         parts, at_x, at_y, at = [], 0, 0, 0
         for a, o, shape in zip(stacks, A_, batch.batches, strict=True):
             k, m, n = o.shape
-            x, y = result.X[at_x : at_x + k * b * n].view(k, b, n), Y[at_y : at_y + k * b * m].view(k, b, m)
+            x, y = X[at_x : at_x + k * b * n].view(k, b, n), Y[at_y : at_y + k * b * m].view(k, b, m)
             bad, unit = ~finite[at : at + k], scale[at : at + k]
             at_x, at_y, at = at_x + k * b * n, at_y + k * b * m, at + k
             U, S, Wh = torch.linalg.svd(y.mT, full_matrices=False)  # y' = U S Wh; A = y' x restricted to the block

@@ -104,7 +104,7 @@ def test_seeds(function):
         with pytest.raises(TypeError, match=f"seed must be an integer, not {type(seed).__name__}"):
             call(A.clone(), seed=seed)
     for seed in (1 << 63, -(1 << 63) - 1):
-        with pytest.raises(ValueError, match=rf"seed must be in \[-9223372036854775808, 9223372036854775807\], not {seed}"):
+        with pytest.raises(ValueError, match=rf"seed must be in \[-{1 << 63}, {(1 << 63) - 1}\], not {seed}"):
             call(A.clone(), seed=seed)
     for seed in (0, -1, (1 << 63) - 1, -(1 << 63)):
         call(A.clone(), seed=seed)
@@ -113,7 +113,8 @@ def test_seeds(function):
 def test_numpy_integers_are_integers():
     numpy = pytest.importorskip("numpy")
     A = torch.randn(150, 200)
-    assert torch.equal(sk.spectral_norm(A, seed=numpy.int64(3), steps=numpy.int32(2)), sk.spectral_norm(A, seed=3, steps=2))
+    value = sk.spectral_norm(A, seed=numpy.int64(3), steps=numpy.int32(2))
+    assert torch.equal(value, sk.spectral_norm(A, seed=3, steps=2))
     assert torch.equal(sk.spectral_norm(A, numpy.float32(1e-3)), sk.spectral_norm(A, float(numpy.float32(1e-3))))
 
 
@@ -166,7 +167,8 @@ def test_start_blocks(call):
     _, block = sk.spectral_norm(A, return_block=True)
     assert block.shape == (2, 4, 20)
     call(A, v0=block)
-    bad = [block[0], block[:, :3], block[..., :19], block.mT, block[None], block.double(), block.to("meta"), block.half()]
+    bad = [block[0], block[:, :3], block[..., :19], block.mT, block[None]]
+    bad += [block.double(), block.to("meta"), block.half()]
     for v0 in bad:
         with pytest.raises(ValueError, match=r"v0 must have shape \(2, 4, 20\), torch.float32 on cpu, not "):
             call(A, v0=v0)
@@ -241,7 +243,7 @@ def test_a_real_dtensor_is_refused():
         mesh = init_device_mesh("cpu", (2,))
         A = Sharded.from_local(torch.randn(3, 4), mesh, [Shard(0)])
         for name, call in FUNCTIONS.items():
-            with pytest.raises(TypeError, match="is a DTensor: sharded tensors are not served yet; pass a local tensor"):
+            with pytest.raises(TypeError, match="is a DTensor: sharded tensors are not served yet"):
                 call(A)
             with pytest.raises(TypeError, match=r"A\[0\] is a DTensor"):
                 call([A]), name

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.lists import DTYPES, kernel
-from tests.matrices import with_spectrum
 
 import spectral_kernels as sk
+from tests.kernels.lists import DTYPES, kernel
+from tests.matrices import with_spectrum
 
 METHODS = ["krylov", "power", "gram", "svd"]
 OPAQUE = ["krylov", "power"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.lists import kernel
 
 import spectral_kernels as sk
+from tests.kernels.lists import kernel
 
 METHODS = ["krylov", "power", "gram", "svd"]
 

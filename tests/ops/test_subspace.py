@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from tests.kernels.lists import DTYPES, LAYOUTS, kernel
-from tests.matrices import EDGE_SHAPES, FAMILIES, exact, make, with_spectrum
 
 import spectral_kernels as sk
 from spectral_kernels.kernels.contracts import acc_dtype
+from tests.kernels.lists import DTYPES, LAYOUTS, kernel
+from tests.matrices import EDGE_SHAPES, FAMILIES, exact, make, with_spectrum
 
 # tall, wide and square, on both sides of the sizes at which the block changes its side, in both orders of memory
 SHAPES = [(30, 20), (20, 30), (25, 25), (200, 150), (150, 200), (160, 160), (9, 400), (400, 9), (1, 6), (6, 1), (1, 1)]
@@ -156,7 +156,7 @@ def check_subspace(A: torch.Tensor, subspace, rank: int, tol: float, values: boo
     torch.testing.assert_close(U.mT @ U, eye, rtol=0, atol=rounding)
     torch.testing.assert_close(Vh @ Vh.mT, eye, rtol=0, atol=rounding)
     truth = torch.linalg.svdvals(a)[:rank]
-    assert (S <= truth * (1 + 1e-5)).all()
+    assert (S <= truth * (1 + 1e-5) + rounding * truth[0]).all()
     if values:
         assert ((truth - S).abs() <= tol * truth + rounding * truth[0]).all()
     torch.testing.assert_close(U.mT @ a @ Vh.mT, torch.diag(S), rtol=0, atol=2 * rounding * float(truth[0]))
@@ -182,9 +182,14 @@ def test_subspaces_of_every_family(family, backend):
         check_subspace(a, sk.leading_subspace(a, 5, seed=1), 5, 1e-3)
 
 
-def test_the_whole_space_of_a_large_side(backend):
-    A = torch.randn(150, 170)
-    check_subspace(A, sk.leading_subspace(A, 150), 150, 1e-3)
+def test_the_whole_space_of_a_large_side():
+    """More columns than native kernels serve: another backend does, and one that is insisted on says why not."""
+    for A in both_orders(torch.randn(150, 170)):
+        check_subspace(A, sk.leading_subspace(A, 150), 150, 1e-3)
+        check_subspace(A, sk.leading_subspace(A, 64), 64, 1e-3)
+    kernel("gram_matvec", "cpu", "cpu", torch.float32, 4)
+    with sk.force("cpu"), pytest.raises(sk.BackendUnavailable, match="blocks of 1 to 64 columns, not 150"):
+        sk.leading_subspace(A, 150)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
@@ -235,16 +240,11 @@ def test_subspaces_of_zero_and_non_finite_matrices(backend):
     found = sk.leading_subspace(A, 3)
     for ours, before in zip(found, clean, strict=True):
         assert ours[[1, 2]].isnan().all()
-        torch.testing.assert_close(ours[[0, 3]], before[[0, 3]], rtol=0, atol=0 if sk_native() else 1e-4)
+        # LAPACK's batches may sum in another order
+        torch.testing.assert_close(ours[[0, 3]], before[[0, 3]], rtol=0, atol=0 if backend == "cpu" else 1e-4)
     U, S, Vh = sk.leading_subspace(torch.zeros(7, 5), 2)
     assert not S.any()
     assert all(torch.isfinite(t).all() for t in (U, Vh))
-
-
-def sk_native() -> bool:
-    from spectral_kernels.kernels import registry
-
-    return registry.choose("block_krylov", "cpu", torch.float32, 4).backend == "cpu"
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30, 1e-41])

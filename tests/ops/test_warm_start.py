@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.lists import DTYPES, kernel
-from tests.matrices import FAMILIES, exact, make, with_spectrum
 
 import spectral_kernels as sk
 from spectral_kernels.kernels.contracts import INFO, acc_dtype
 from spectral_kernels.ops import norm
 from spectral_kernels.ops.estimate import tracked
+from tests.kernels.lists import DTYPES, kernel
+from tests.matrices import FAMILIES, exact, make, with_spectrum
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -57,7 +57,7 @@ def test_a_slightly_changed_matrix_takes_one_or_two_reads(family, reads, backend
         assert float(value) == pytest.approx(exact(b), rel=1e-3)
         sk.spectral_norm(b, return_block=True)
         (warm,), (cold,) = reads
-        assert 1 <= warm <= (cold + 1 if family in CLUSTERED else 2)
+        assert 1 <= warm <= (2 * cold if family in CLUSTERED else 2)
 
 
 def test_the_chain_of_a_training_run(reads, backend):
@@ -207,4 +207,4 @@ def test_singular_triplet_takes_the_same_blocks(backend):
     _, block = sk.spectral_norm(A, 1e-8, return_block=True)
     u, s, v = sk.singular_triplet(changed(A, 1e-6), 1e-6, v0=block)
     assert float(s) == pytest.approx(exact(changed(A, 1e-6)), rel=1e-6)
-    assert float((u @ changed(A, 1e-6) @ v)) == pytest.approx(float(s), rel=2e-6)
+    assert float(u @ changed(A, 1e-6) @ v) == pytest.approx(float(s), rel=2e-6)

@@ -1,6 +1,7 @@
 """The small algebra of one block Krylov step, one program per matrix, one launch.
 
-    W <- W - Q'(Q W), twice; then within the block: W = X R, columns at noise level deflated
+    W <- W - Q'(Q W), twice; then within the block: W = X R, columns at noise level deflated; both again where
+    columns were nearly collinear
     T_K = T with Y'Y as its last diagonal block (K = columns + b);   its leading pairs (theta_p, z_p), p <= rank
     rho_p = ||A'A Q z_p - theta_p Q z_p|| / theta_1 = ||(R z_p[last block], T z_p - theta_p z_p)|| / theta_1
     error = max_p 0.5 rho_p^2 / ((theta_p - theta_(rank+1)) / theta_1 + rho_p)
@@ -26,107 +27,168 @@ from .ragged import on, table
 
 EPS = tl.constexpr(2.0**-23)
 POWER_STEPS = tl.constexpr(8)
+COLLINEAR = tl.constexpr(1 / 16)  # a row with less than a quarter of its length left is made orthogonal to Q again
 INFO_FIELDS = tl.constexpr(INFO_COLUMNS)
 
 
 @triton.jit
-def _within(X, R, W, floor):
-    """Gram-Schmidt of the rows of W (1, 4, COLS), each twice against those before: X, R (1, 4, 4) with W = R'X."""
+def _composed(r, R):
+    """r R, of (1, 4, 4): the coefficients after one more round."""
+    total = tl.zeros((1, 4, 4), tl.float64)
     i = tl.arange(0, 4)[None, :, None]
     j = tl.arange(0, 4)[None, None, :]
+    for k in range(4):
+        left = tl.sum(tl.where(j == k, r, 0.0), axis=2, keep_dims=True)  # (1, 4, 1)
+        total += left * tl.sum(tl.where(i == k, R, 0.0), axis=1, keep_dims=True)
+    return total
+
+
+@triton.jit
+def _least(R, floor):
+    """(1, 4, 1): how long a row that was already scaled by 1 / R_cc must stay."""
+    i = tl.arange(0, 4)[None, :, None]
+    j = tl.arange(0, 4)[None, None, :]
+    scale = tl.sum(tl.where(i == j, R, 0.0), axis=2, keep_dims=True)
+    return floor / tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def _within(X, least):
+    """Gram-Schmidt of the rows of X (1, 4, COLS), in place, each twice against those before: X, R (1, 4, 4) with
+    X before = R'X after, and whether a row lost most of itself: what is left of that may lie in the basis."""
+    i = tl.arange(0, 4)[None, :, None]
+    j = tl.arange(0, 4)[None, None, :]
+    R = tl.zeros((1, 4, 4), tl.float64)
+    again = 0
     for c in range(4):
-        w = tl.sum(tl.where(i == c, W, 0.0), axis=1, keep_dims=True)  # (1, 1, COLS)
+        w = tl.sum(tl.where(i == c, X, 0.0), axis=1, keep_dims=True)  # (1, 1, COLS)
+        before = tl.sum(tl.sum(tl.sum(w * w, axis=2), axis=1), axis=0)
         for _ in range(2):
-            h = tl.sum(w * X, axis=2, keep_dims=True)  # (1, 4, 1)
+            h = tl.where(i < c, tl.sum(w * X, axis=2, keep_dims=True), 0.0)  # (1, 4, 1)
             w -= tl.sum(h * X, axis=1, keep_dims=True)
             R += tl.where(j == c, h.to(tl.float64), 0.0)
         square = w.to(tl.float64)
-        norm = tl.sqrt(tl.sum(square * square, axis=2, keep_dims=True))  # (1, 1, 1)
-        kept = norm > floor
-        X = tl.where((i == c) & kept, w * (1.0 / tl.where(kept, norm, 1.0)).to(tl.float32), X)
-        R = tl.where((i == c) & (j == c), tl.where(kept, norm, 0.0), R)
-    return X, R
+        square = tl.sum(tl.sum(tl.sum(square * square, axis=2), axis=1), axis=0)
+        norm = tl.sqrt(square)
+        kept = norm > tl.sum(tl.sum(tl.sum(tl.where(i == c, least, 0.0), axis=2), axis=1), axis=0)
+        inverse = tl.where(kept, 1.0 / tl.where(kept, norm, 1.0), 0.0).to(tl.float32)
+        X = tl.where(i == c, tl.where(kept, w * inverse, 0.0), X)
+        R += tl.where((i == c) & (j == c), tl.where(kept, norm, 0.0), 0.0)
+        again = tl.maximum(again, (kept & (square < COLLINEAR * before)).to(tl.int32))
+    return X, R, again
 
 
 @triton.jit
 def _orthonormalize(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
     """X and R of a block whose rows fit in registers; X goes to rows [K, K + b) of Q and to V."""
     i = tl.arange(0, 4)[None, :, None]
+    j = tl.arange(0, 4)[None, None, :]
     c = tl.arange(0, COLS)[None, None, :]
     keep = (i < b) & (c < n)
-    W = tl.load(w + i * n + c, mask=keep, other=0.0)
+    X = tl.load(w + i * n + c, mask=keep, other=0.0)
+    longest = tl.max(tl.max(tl.sum(X * X, axis=2), axis=1), axis=0)
+    floor = tl.maximum(floor, 8 * EPS * tl.sqrt(longest.to(tl.float64)))
+    R = tl.where(i == j, 1.0, 0.0).to(tl.float64)
+    again = 1
     for _ in range(2):
-        for start in range(0, K, ROWS):
-            k = start + tl.arange(0, ROWS)[:, None, None]
-            rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)  # (ROWS, 1, COLS)
-            h = tl.sum(rows * W, axis=2, keep_dims=True)  # (ROWS, 4, 1)
-            W -= tl.sum(rows * h, axis=0, keep_dims=True)
-    R = tl.zeros((1, 4, 4), tl.float64)
-    X, R = _within(tl.zeros((1, 4, COLS), tl.float32), R, W, floor)
+        if again != 0:
+            for sweep in range(2):
+                for start in range(0, K, ROWS):
+                    k = start + tl.arange(0, ROWS)[:, None, None]
+                    rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)  # (ROWS, 1, COLS)
+                    h = tl.sum(rows * X, axis=2, keep_dims=True)  # (ROWS, 4, 1)
+                    X -= tl.sum(rows * h, axis=0, keep_dims=True)
+            X, r, again = _within(X, _least(R, floor))
+            R = _composed(r, R)
     tl.store(q + K.to(tl.int64) * n + i * n + c, X, mask=keep)
     tl.store(v + i * n + c, X, mask=keep)
     return R
 
 
 @triton.jit
-def _orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The same for longer rows, in place in rows [K, K + b) of Q; barriers where threads read others' stores."""
+def _within_long(x, n, b, least, COLS: tl.constexpr):
+    """`_within` for rows in memory; barriers where threads read others' stores."""
     i = tl.arange(0, 4)[None, :, None]
     j = tl.arange(0, 4)[None, None, :]
-    x = q + K.to(tl.int64) * n
-    for first in range(0, n, COLS):
-        c = first + tl.arange(0, COLS)[None, None, :]
-        keep = (i < b) & (c < n)
-        tl.store(x + i * n + c, tl.load(w + i * n + c, mask=keep, other=0.0), mask=keep)
-    tl.debug_barrier()
-    for _ in range(2):
-        for start in range(0, K, ROWS):
-            k = start + tl.arange(0, ROWS)[:, None, None]
-            h = tl.zeros((ROWS, 4, 1), tl.float32)
-            for first in range(0, n, COLS):
-                c = first + tl.arange(0, COLS)[None, None, :]
-                rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
-                W = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
-                h += tl.sum(rows * W, axis=2, keep_dims=True)
-            tl.debug_barrier()
-            for first in range(0, n, COLS):
-                c = first + tl.arange(0, COLS)[None, None, :]
-                rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
-                W = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
-                tl.store(x + i * n + c, W - tl.sum(rows * h, axis=0, keep_dims=True), mask=(i < b) & (c < n))
-            tl.debug_barrier()
     R = tl.zeros((1, 4, 4), tl.float64)
+    again = 0
     for row in range(0, b):
+        before = tl.zeros((1, 1, 1), tl.float64)
+        square = tl.zeros((1, 1, 1), tl.float64)
         for _ in range(2):
             h = tl.zeros((1, 4, 1), tl.float32)
             for first in range(0, n, COLS):
                 c = first + tl.arange(0, COLS)[None, None, :]
-                W = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
-                h += tl.sum(tl.sum(tl.where(i == row, W, 0.0), axis=1, keep_dims=True) * W, axis=2, keep_dims=True)
+                X = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
+                h += tl.sum(tl.sum(tl.where(i == row, X, 0.0), axis=1, keep_dims=True) * X, axis=2, keep_dims=True)
+            before = tl.maximum(before, tl.sum(tl.where(i == row, h, 0.0), axis=1, keep_dims=True).to(tl.float64))
             h = tl.where(i < row, h, 0.0)
             R += tl.where(j == row, h.to(tl.float64), 0.0)
             tl.debug_barrier()
+            square = tl.zeros((1, 1, 1), tl.float64)
             for first in range(0, n, COLS):
                 c = first + tl.arange(0, COLS)[None, None, :]
-                W = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
-                tl.store(x + i * n + c, W - tl.sum(h * W, axis=1, keep_dims=True), mask=(i == row) & (c < n))
+                X = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
+                X = tl.where(i == row, X, 0.0) - tl.where(i == row, tl.sum(h * X, axis=1, keep_dims=True), 0.0)
+                tl.store(x + i * n + c, X, mask=(i == row) & (c < n))
+                X = tl.sum(X, axis=1, keep_dims=True).to(tl.float64)
+                square += tl.sum(X * X, axis=2, keep_dims=True)
             tl.debug_barrier()
-        square = tl.zeros((1, 1, 1), tl.float64)
-        for first in range(0, n, COLS):
-            c = first + tl.arange(0, COLS)[None, None, :]
-            W = tl.load(x + row * n + c, mask=c < n, other=0.0).to(tl.float64)
-            square += tl.sum(W * W, axis=2, keep_dims=True)
         norm = tl.sqrt(square)
-        kept = norm > floor
+        kept = norm > tl.sum(tl.where(i == row, least, 0.0), axis=1, keep_dims=True)  # (1, 1, 1)
         inverse = tl.where(kept, 1.0 / tl.where(kept, norm, 1.0), 0.0).to(tl.float32)
-        R = tl.where((i == row) & (j == row), tl.where(kept, norm, 0.0), R)
-        tl.debug_barrier()
+        R += tl.where((i == row) & (j == row), tl.where(kept, norm, 0.0), 0.0)
+        lost = (kept & (square < COLLINEAR * before)).to(tl.int32)
+        again = tl.maximum(again, tl.max(tl.max(tl.max(lost, axis=2), axis=1), axis=0))
         for first in range(0, n, COLS):
             c = first + tl.arange(0, COLS)[None, None, :]
-            W = tl.load(x + row * n + c, mask=c < n, other=0.0)
-            tl.store(x + row * n + c, tl.where(kept, W * inverse, 0.0), mask=c < n)
-            tl.store(v + row * n + c, tl.where(kept, W * inverse, 0.0), mask=c < n)
+            X = tl.load(x + row * n + c, mask=c < n, other=0.0)
+            tl.store(x + row * n + c, tl.where(kept, X * inverse, 0.0), mask=c < n)
         tl.debug_barrier()
+    return R, again
+
+
+@triton.jit
+def _orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """`_orthonormalize` for longer rows, in place in rows [K, K + b) of Q."""
+    i = tl.arange(0, 4)[None, :, None]
+    j = tl.arange(0, 4)[None, None, :]
+    x = q + K.to(tl.int64) * n
+    longest = tl.zeros((1, 4), tl.float32)
+    for first in range(0, n, COLS):
+        c = first + tl.arange(0, COLS)[None, None, :]
+        X = tl.load(w + i * n + c, mask=(i < b) & (c < n), other=0.0)
+        longest += tl.sum(X * X, axis=2)
+        tl.store(x + i * n + c, X, mask=(i < b) & (c < n))
+    tl.debug_barrier()
+    floor = tl.maximum(floor, 8 * EPS * tl.sqrt(tl.max(tl.max(longest, axis=1), axis=0).to(tl.float64)))
+    R = tl.where(i == j, 1.0, 0.0).to(tl.float64)
+    again = 1
+    for _ in range(2):
+        if again != 0:
+            for sweep in range(2):
+                for start in range(0, K, ROWS):
+                    k = start + tl.arange(0, ROWS)[:, None, None]
+                    h = tl.zeros((ROWS, 4, 1), tl.float32)
+                    for first in range(0, n, COLS):
+                        c = first + tl.arange(0, COLS)[None, None, :]
+                        rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
+                        X = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
+                        h += tl.sum(rows * X, axis=2, keep_dims=True)
+                    tl.debug_barrier()
+                    for first in range(0, n, COLS):
+                        c = first + tl.arange(0, COLS)[None, None, :]
+                        rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
+                        X = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
+                        X -= tl.sum(rows * h, axis=0, keep_dims=True)
+                        tl.store(x + i * n + c, X, mask=(i < b) & (c < n))
+                    tl.debug_barrier()
+            r, again = _within_long(x, n, b, _least(R, floor), COLS)
+            R = _composed(r, R)
+    for first in range(0, n, COLS):
+        c = first + tl.arange(0, COLS)[None, None, :]
+        keep = (i < b) & (c < n)
+        tl.store(v + i * n + c, tl.load(x + i * n + c, mask=keep, other=0.0), mask=keep)
     return R
 
 
@@ -134,8 +196,8 @@ def _orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.c
 def _projected(P, t, s, columns, K, b, order, ORDER: tl.constexpr):
     """P (ORDER, ORDER) := T_K, zero beyond: what T holds, with (S + S') / 2 as its last diagonal block."""
     c = tl.arange(0, ORDER)[None, :]
-    for start in range(0, ORDER, 32):
-        r = start + tl.arange(0, 32)[:, None]
+    for start in range(0, ORDER, 16):
+        r = start + tl.arange(0, 16)[:, None]
         inside = (r < K) & (c < K)
         last = inside & (r >= columns) & (c >= columns)
         old = tl.load(t + r * order + c, mask=inside & ((r < columns) | (c < columns)), other=0.0)
@@ -153,8 +215,8 @@ def _times(P, z, across, ORDER: tl.constexpr):
     tl.store(z + c, across)
     tl.debug_barrier()
     product = tl.zeros((1, ORDER), tl.float64)
-    for start in range(0, ORDER, 32):
-        r = start + tl.arange(0, 32)[:, None]
+    for start in range(0, ORDER, 16):
+        r = start + tl.arange(0, 16)[:, None]
         product += tl.sum(tl.load(P + r * ORDER + c) * tl.load(z + r), axis=0, keep_dims=True)
     return product
 
@@ -167,8 +229,8 @@ def _pair(P, z, M, ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.const
     d = tl.arange(0, ORDER)
     trace = tl.sum(tl.load(P + d * (ORDER + 1)), axis=0)
     inverse = 1.0 / tl.where(trace > 0, trace, 1.0)
-    for start in range(0, ORDER, 32):
-        at = (start + tl.arange(0, 32)[:, None]) * ORDER + c
+    for start in range(0, ORDER, 16):
+        at = (start + tl.arange(0, 16)[:, None]) * ORDER + c
         tl.store(M + at, (tl.load(P + at) * inverse).to(tl.float32))
     source = M
     target = M + ORDER * ORDER
@@ -179,9 +241,9 @@ def _pair(P, z, M, ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.const
         for start in range(0, ORDER, SLICE):
             r = start + tl.arange(0, SLICE)[:, None]
             product = tl.zeros((SLICE, ORDER), tl.float32)
-            for middle in range(0, ORDER, SLICE):
-                left = tl.load(source + r * ORDER + middle + tl.arange(0, SLICE)[None, :])
-                right = tl.load(source + (middle + tl.arange(0, SLICE)[:, None]) * ORDER + c)
+            for middle in range(0, ORDER, 16):
+                left = tl.load(source + r * ORDER + middle + tl.arange(0, 16)[None, :])
+                right = tl.load(source + (middle + tl.arange(0, 16)[:, None]) * ORDER + c)
                 product = tl.dot(left, right, product, input_precision=PRECISION, out_dtype=tl.float32)
             product = product * (factor * factor)
             part += tl.sum(tl.sum(tl.where(r == c, product, 0.0), axis=1), axis=0)
@@ -203,8 +265,8 @@ def _pair(P, z, M, ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.const
         inner = tl.sum(tl.sum(rest * rest, axis=1), axis=0)
         across = product
     tl.debug_barrier()
-    for start in range(0, ORDER, 32):
-        r = start + tl.arange(0, 32)[:, None]
+    for start in range(0, ORDER, 16):
+        r = start + tl.arange(0, 16)[:, None]
         at = P + r * ORDER + c
         tl.store(at, tl.load(at) - theta * tl.load(z + r) * tl.load(z + c))
     tl.debug_barrier()
@@ -277,8 +339,9 @@ def step_kernel(
         diagonal = tl.where(d < columns, diagonal, 0.0)
         trace = tl.sum(diagonal, axis=0) + tl.sum(tl.sum(tl.sum(tl.where(x == y, S4, 0.0), axis=2), axis=1), axis=0)
         hidden = tl.load(row + 8) - trace > 0.5 * theta
-        enough = tl.load(row + 4) >= min_reads + hidden.to(tl.float64)
-        done = (theta <= 0) | (enough & (10 * error <= tol) & (tol > 0)) | (K >= n) | (fresh <= 0)
+        enough = K >= b * (min_reads + hidden.to(tl.int32))
+        safety = tl.where(K >= 3 * b, 10.0, 100.0)
+        done = (theta <= 0) | (enough & (safety * error <= tol) & (tol > 0)) | (K >= n) | (fresh <= 0)
         tl.store(row, tl.sqrt(theta * (1 + rho * rho)) / tl.load(scale + j).to(tl.float64))
         tl.store(row + 1, theta)
         tl.store(row + 2, rho)
@@ -292,9 +355,9 @@ def step_kernel(
         tl.store(t + (columns + y) * order + K + x, R, mask=block)
 
 
-# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers a thread has; T goes through
-# memory in slices of 32 rows (slices of 64 spill at ORDER 128). One compilation per power of two above K.
-# Nothing here has been timed on a GPU yet.
+# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers of a thread. T goes through
+# memory in slices of 16 rows, products are of 32 x 16 by 16 x ORDER; with 32 for 16, ORDER 128 spills (Triton 3.6).
+# One compilation per power of two above K. Nothing here has been timed on a GPU yet.
 ORDERS = (32, 64, 128)
 SQUARINGS = 20
 RANK_LIMIT = 15  # with the next one, 16 Ritz values
