@@ -156,12 +156,13 @@ def _converge(
 ) -> list[Tensor]:
     """The leading Ritz vectors after as many reads as `tol` needs (0: after reads - 1), one (k, BLOCK, n) per run.
 
-    A stop rule trusts its start, so as many random rows stand beside the current ones. With two of
-    four rows random some norms along a drift were off by more than tol; with four of eight none, in half the reads.
+    A stop rule trusts its start, so as many random rows stand beside the current ones. With two of four rows random
+    some norms along a drift were off by more than tol; with four of eight none, in half the reads.
     """
     start = warm_blocks([x for run in V for x in run.split(1)], stacks, seed)
     budget = MOST_READS if tol > 0 else reads - 1
-    info, X, _ = words.block_krylov(stacks, start, 2 * BLOCK, budget, BASIS_COLUMNS, 1, tol, MIN_READS, seed, BLOCK, False)
+    b = 2 * BLOCK
+    info, X, _ = words.block_krylov(stacks, start, b, budget, BASIS_COLUMNS, 1, tol, MIN_READS, seed, BLOCK, False)
     unfinished = int((info[:, INFO["done"]] == 0).sum()) if tol > 0 else 0
     if unfinished:
         warnings.warn(

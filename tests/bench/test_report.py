@@ -127,7 +127,7 @@ def test_result_files_hold_no_names_and_no_raw_data(path):
     text = path.read_text()
     assert len(text) < 400_000
     assert not re.search(r'"(node|data|user|hostname)":|/home/|/root/|/work/|/tmp/|site-packages', text)
-    _, records = (report.load(path)) if path.stem != "checks" else ({}, [])
+    _, records = report.load(path) if "benchmarks" in json.loads(text) else ({}, [])  # studies have their own shape
     assert not [r for r in records if r["status"] == "wrong"]
 
 

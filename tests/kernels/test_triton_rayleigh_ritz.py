@@ -125,6 +125,40 @@ def test_steps_follow_the_reference(make, b: int, steps: int, rank: int) -> None
         run.take(ours)
 
 
+@pytest.mark.parametrize("n", [40, 4100])
+def test_nearly_collinear_rows_stay_orthogonal_to_the_basis(n: int) -> None:
+    """Rows that differ by 1e-4 of their length, in the basis but for as much: what is left is mostly rounding."""
+    run = Run([torch.randn(1, 12, n)], 4, 1)
+    run.read()
+    basis = run.blocks(run.V)[0]
+    one = basis.sum(0) + torch.randn(n, device=DEVICE) / n**0.5
+    run.W = torch.cat([one + 1e-4 * torch.randn(n, device=DEVICE) / n**0.5 for _ in range(4)])
+    run.S = torch.eye(4, dtype=torch.float64, device=DEVICE)[None]
+    Q, V, T, info = run.step(backend.rayleigh_ritz_)
+    x = run.basis(Q)[0].double()
+    assert (x @ x.mT - torch.eye(8, dtype=torch.float64, device=DEVICE)).abs().max() <= 32 * EPS
+    rest = run.W.view(4, n).double()
+    rest = rest - (rest @ x[:4].mT) @ x[:4] - T[0, 4:8, :4].mT @ x[4:]
+    assert rest.abs().max() <= 8 * EPS
+
+
+def test_blocks_energy_and_tolerance_decide_when_to_stop() -> None:
+    """At least `min_reads` = 2 blocks, one more while frob2 - trace > theta / 2, and 10 error <= tol."""
+    run = Run([torch.randn(1, 60, 40)], 4, 3)
+    for _ in range(2):
+        run.read()
+        run.take(run.step(reference.rayleigh_ritz_))
+    run.read()
+    for columns, hidden, within in ((0, 0, 0), (4, 0, 1), (4, 1, 0), (8, 1, 1)):
+        run.columns, run.tol = columns, 0.0
+        info = run.step(backend.rayleigh_ritz_)[3][0]
+        error = info[INFO["error"]].item()
+        run.info[:, INFO["frob2"]] = info[INFO["trace"]] + (0.4 + 0.2 * hidden) * info[INFO["theta"]]
+        for run.tol, done in ((11 * error, within), (9 * error, 0)):
+            assert run.step(backend.rayleigh_ritz_)[3][0, INFO["done"]] == done
+            assert run.step(reference.rayleigh_ritz_)[3][0, INFO["done"]] == done
+
+
 def test_stop_flags_of_finished_exhausted_and_zero_matrices() -> None:
     # rank 1: exhausted after one read; zero; n = b: exhausted; still running
     A = [torch.ones(1, 20, 30), torch.zeros(1, 8, 8), torch.randn(1, 9, 4), torch.randn(1, 40, 40)]

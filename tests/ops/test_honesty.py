@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,14 @@ def test_the_table_goes_between_the_markers(result, tmp_path):
     page.write_text("no markers")
     with pytest.raises(ValueError, match="honesty"):
         honesty.write_table(page, result)
+
+
+def test_the_page_says_what_the_result_file_says(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "honesty.json").read_text(encoding="utf-8"))
+    assert honesty.kept(result)
+    page = root / "docs" / "accuracy.md"
+    copy = tmp_path / "accuracy.md"
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    honesty.write_table(copy, result)
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """The small algebra of one block Krylov step, one program per matrix, one launch.
 
-    W <- W - Q'(Q W), twice; then within the block: W = X R, columns at noise level deflated; both again where
-    columns were nearly collinear
+    W = Q'Q W + R'X            orthonormalize.py
     T_K = T with Y'Y as its last diagonal block (K = columns + b);   its leading pairs (theta_p, z_p), p <= rank
     rho_p = ||A'A Q z_p - theta_p Q z_p|| / theta_1 = ||(R z_p[last block], T z_p - theta_p z_p)|| / theta_1
     error = max_p 0.5 rho_p^2 / ((theta_p - theta_(rank+1)) / theta_1 + rho_p)
@@ -23,173 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import INFO_COLUMNS
+from .orthonormalize import EPS, orthonormalize, orthonormalize_long
 from .ragged import on, table
 
-EPS = tl.constexpr(2.0**-23)
 POWER_STEPS = tl.constexpr(8)
-COLLINEAR = tl.constexpr(1 / 16)  # a row with less than a quarter of its length left is made orthogonal to Q again
 INFO_FIELDS = tl.constexpr(INFO_COLUMNS)
-
-
-@triton.jit
-def _composed(r, R):
-    """r R, of (1, 4, 4): the coefficients after one more round."""
-    total = tl.zeros((1, 4, 4), tl.float64)
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    for k in range(4):
-        left = tl.sum(tl.where(j == k, r, 0.0), axis=2, keep_dims=True)  # (1, 4, 1)
-        total += left * tl.sum(tl.where(i == k, R, 0.0), axis=1, keep_dims=True)
-    return total
-
-
-@triton.jit
-def _least(R, floor):
-    """(1, 4, 1): how long a row that was already scaled by 1 / R_cc must stay."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    scale = tl.sum(tl.where(i == j, R, 0.0), axis=2, keep_dims=True)
-    return floor / tl.where(scale > 0, scale, 1.0)
-
-
-@triton.jit
-def _within(X, least):
-    """Gram-Schmidt of the rows of X (1, 4, COLS), in place, each twice against those before: X, R (1, 4, 4) with
-    X before = R'X after, and whether a row lost most of itself: what is left of that may lie in the basis."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    R = tl.zeros((1, 4, 4), tl.float64)
-    again = 0
-    for c in range(4):
-        w = tl.sum(tl.where(i == c, X, 0.0), axis=1, keep_dims=True)  # (1, 1, COLS)
-        before = tl.sum(tl.sum(tl.sum(w * w, axis=2), axis=1), axis=0)
-        for _ in range(2):
-            h = tl.where(i < c, tl.sum(w * X, axis=2, keep_dims=True), 0.0)  # (1, 4, 1)
-            w -= tl.sum(h * X, axis=1, keep_dims=True)
-            R += tl.where(j == c, h.to(tl.float64), 0.0)
-        square = w.to(tl.float64)
-        square = tl.sum(tl.sum(tl.sum(square * square, axis=2), axis=1), axis=0)
-        norm = tl.sqrt(square)
-        kept = norm > tl.sum(tl.sum(tl.sum(tl.where(i == c, least, 0.0), axis=2), axis=1), axis=0)
-        inverse = tl.where(kept, 1.0 / tl.where(kept, norm, 1.0), 0.0).to(tl.float32)
-        X = tl.where(i == c, tl.where(kept, w * inverse, 0.0), X)
-        R += tl.where((i == c) & (j == c), tl.where(kept, norm, 0.0), 0.0)
-        again = tl.maximum(again, (kept & (square < COLLINEAR * before)).to(tl.int32))
-    return X, R, again
-
-
-@triton.jit
-def _orthonormalize(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """X and R of a block whose rows fit in registers; X goes to rows [K, K + b) of Q and to V."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    c = tl.arange(0, COLS)[None, None, :]
-    keep = (i < b) & (c < n)
-    X = tl.load(w + i * n + c, mask=keep, other=0.0)
-    longest = tl.max(tl.max(tl.sum(X * X, axis=2), axis=1), axis=0)
-    floor = tl.maximum(floor, 8 * EPS * tl.sqrt(longest.to(tl.float64)))
-    R = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    again = 1
-    for _ in range(2):
-        if again != 0:
-            for sweep in range(2):
-                for start in range(0, K, ROWS):
-                    k = start + tl.arange(0, ROWS)[:, None, None]
-                    rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)  # (ROWS, 1, COLS)
-                    h = tl.sum(rows * X, axis=2, keep_dims=True)  # (ROWS, 4, 1)
-                    X -= tl.sum(rows * h, axis=0, keep_dims=True)
-            X, r, again = _within(X, _least(R, floor))
-            R = _composed(r, R)
-    tl.store(q + K.to(tl.int64) * n + i * n + c, X, mask=keep)
-    tl.store(v + i * n + c, X, mask=keep)
-    return R
-
-
-@triton.jit
-def _within_long(x, n, b, least, COLS: tl.constexpr):
-    """`_within` for rows in memory; barriers where threads read others' stores."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    R = tl.zeros((1, 4, 4), tl.float64)
-    again = 0
-    for row in range(0, b):
-        before = tl.zeros((1, 1, 1), tl.float64)
-        square = tl.zeros((1, 1, 1), tl.float64)
-        for _ in range(2):
-            h = tl.zeros((1, 4, 1), tl.float32)
-            for first in range(0, n, COLS):
-                c = first + tl.arange(0, COLS)[None, None, :]
-                X = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
-                h += tl.sum(tl.sum(tl.where(i == row, X, 0.0), axis=1, keep_dims=True) * X, axis=2, keep_dims=True)
-            before = tl.maximum(before, tl.sum(tl.where(i == row, h, 0.0), axis=1, keep_dims=True).to(tl.float64))
-            h = tl.where(i < row, h, 0.0)
-            R += tl.where(j == row, h.to(tl.float64), 0.0)
-            tl.debug_barrier()
-            square = tl.zeros((1, 1, 1), tl.float64)
-            for first in range(0, n, COLS):
-                c = first + tl.arange(0, COLS)[None, None, :]
-                X = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
-                X = tl.where(i == row, X, 0.0) - tl.where(i == row, tl.sum(h * X, axis=1, keep_dims=True), 0.0)
-                tl.store(x + i * n + c, X, mask=(i == row) & (c < n))
-                X = tl.sum(X, axis=1, keep_dims=True).to(tl.float64)
-                square += tl.sum(X * X, axis=2, keep_dims=True)
-            tl.debug_barrier()
-        norm = tl.sqrt(square)
-        kept = norm > tl.sum(tl.where(i == row, least, 0.0), axis=1, keep_dims=True)  # (1, 1, 1)
-        inverse = tl.where(kept, 1.0 / tl.where(kept, norm, 1.0), 0.0).to(tl.float32)
-        R += tl.where((i == row) & (j == row), tl.where(kept, norm, 0.0), 0.0)
-        lost = (kept & (square < COLLINEAR * before)).to(tl.int32)
-        again = tl.maximum(again, tl.max(tl.max(tl.max(lost, axis=2), axis=1), axis=0))
-        for first in range(0, n, COLS):
-            c = first + tl.arange(0, COLS)[None, None, :]
-            X = tl.load(x + row * n + c, mask=c < n, other=0.0)
-            tl.store(x + row * n + c, tl.where(kept, X * inverse, 0.0), mask=c < n)
-        tl.debug_barrier()
-    return R, again
-
-
-@triton.jit
-def _orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """`_orthonormalize` for longer rows, in place in rows [K, K + b) of Q."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    x = q + K.to(tl.int64) * n
-    longest = tl.zeros((1, 4), tl.float32)
-    for first in range(0, n, COLS):
-        c = first + tl.arange(0, COLS)[None, None, :]
-        X = tl.load(w + i * n + c, mask=(i < b) & (c < n), other=0.0)
-        longest += tl.sum(X * X, axis=2)
-        tl.store(x + i * n + c, X, mask=(i < b) & (c < n))
-    tl.debug_barrier()
-    floor = tl.maximum(floor, 8 * EPS * tl.sqrt(tl.max(tl.max(longest, axis=1), axis=0).to(tl.float64)))
-    R = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    again = 1
-    for _ in range(2):
-        if again != 0:
-            for sweep in range(2):
-                for start in range(0, K, ROWS):
-                    k = start + tl.arange(0, ROWS)[:, None, None]
-                    h = tl.zeros((ROWS, 4, 1), tl.float32)
-                    for first in range(0, n, COLS):
-                        c = first + tl.arange(0, COLS)[None, None, :]
-                        rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
-                        X = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
-                        h += tl.sum(rows * X, axis=2, keep_dims=True)
-                    tl.debug_barrier()
-                    for first in range(0, n, COLS):
-                        c = first + tl.arange(0, COLS)[None, None, :]
-                        rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
-                        X = tl.load(x + i * n + c, mask=(i < b) & (c < n), other=0.0)
-                        X -= tl.sum(rows * h, axis=0, keep_dims=True)
-                        tl.store(x + i * n + c, X, mask=(i < b) & (c < n))
-                    tl.debug_barrier()
-            r, again = _within_long(x, n, b, _least(R, floor), COLS)
-            R = _composed(r, R)
-    for first in range(0, n, COLS):
-        c = first + tl.arange(0, COLS)[None, None, :]
-        keep = (i < b) & (c < n)
-        tl.store(v + i * n + c, tl.load(x + i * n + c, mask=keep, other=0.0), mask=keep)
-    return R
 
 
 @triton.jit
@@ -297,11 +134,11 @@ def step_kernel(
         diagonal += tl.load(s + (d - columns) * (b + 1), mask=(d >= columns) & (d < K), other=0.0)
         floor = 8 * EPS * tl.max(diagonal, axis=0)
         if n <= 512:
-            R = _orthonormalize(q, w, v, n, K, b, floor, 8, 512)
+            R = orthonormalize(q, w, v, n, K, b, floor, 8, 512)
         elif n <= 4096:
-            R = _orthonormalize(q, w, v, n, K, b, floor, 1, 4096)
+            R = orthonormalize(q, w, v, n, K, b, floor, 1, 4096)
         else:
-            R = _orthonormalize_long(q, w, v, n, K, b, floor, 16, 256)
+            R = orthonormalize_long(q, w, v, n, K, b, floor, 16, 256)
 
         last = tl.arange(0, 4)[None, None, :]
         P = Z + j * (ORDER + 1) * ORDER  # scratch: T without the pairs found, and the last pair's vector
@@ -340,8 +177,7 @@ def step_kernel(
         trace = tl.sum(diagonal, axis=0) + tl.sum(tl.sum(tl.sum(tl.where(x == y, S4, 0.0), axis=2), axis=1), axis=0)
         hidden = tl.load(row + 8) - trace > 0.5 * theta
         enough = K >= b * (min_reads + hidden.to(tl.int32))
-        safety = tl.where(K >= 3 * b, 10.0, 100.0)
-        done = (theta <= 0) | (enough & (safety * error <= tol) & (tol > 0)) | (K >= n) | (fresh <= 0)
+        done = (theta <= 0) | (enough & (10 * error <= tol) & (tol > 0)) | (K >= n) | (fresh <= 0)
         tl.store(row, tl.sqrt(theta * (1 + rho * rho)) / tl.load(scale + j).to(tl.float64))
         tl.store(row + 1, theta)
         tl.store(row + 2, rho)
