@@ -79,6 +79,7 @@ def block_krylov(
 
     if N == 0:
         return info, Q.new_empty(0), T if with_t else T.new_empty(0)
+    rayleigh_ritz_ = words.rayleigh_ritz_for(most, rank)
     columns = 0
     scale = torch.ones(N, dtype=acc, device=device)
     for read in range(steps):
@@ -87,7 +88,7 @@ def block_krylov(
         if read == 0:
             scale, W, S, stats = _first_read(words, A, V, W, S, stats, b, tol > 0, n, info)
         info[:, INFO["reads"]] += (info[:, INFO["done"]] == 0).double()
-        words.rayleigh_ritz_(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, min_reads)
+        rayleigh_ritz_(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, min_reads)
         columns += b
         if tol > 0 and bool((info[:, INFO["done"]] > 0).all()):
             break

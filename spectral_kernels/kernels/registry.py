@@ -44,6 +44,8 @@ class Kernel:
     backend: str
     fn: Callable[..., Any] | None
     supports: Callable[[str, str, torch.dtype, int], str | None]
+    column_limit: int | None = None  # rayleigh_ritz_: most basis columns and ranks it serves, None: any
+    rank_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def table() -> dict[str, dict[str, Kernel]]:
         for word in (*WORDS, *SHORT_CUTS):
             fn = getattr(module, word, None)
             if fn is not None:
-                rows[word][backend] = Kernel(word, backend, fn, module.supports)
+                limits = (getattr(module, name, None) for name in ("column_limit", "rank_limit"))
+                rows[word][backend] = Kernel(word, backend, fn, module.supports, *limits)
     return rows
 
 
@@ -132,6 +135,15 @@ class Words:
 
     def choice(self, word: str) -> Choice:
         return _choose(word, *self._args)
+
+    def rayleigh_ritz_for(self, columns: int, rank: int) -> Callable[..., Any]:
+        """rayleigh_ritz_ of the first backend that serves a basis of so many columns and this rank."""
+        chosen = self.choice("rayleigh_ritz_")
+        kernel = table()["rayleigh_ritz_"][chosen.backend]
+        beyond = (kernel.column_limit is not None and columns > kernel.column_limit) or (
+            kernel.rank_limit is not None and rank > kernel.rank_limit
+        )
+        return reference.rayleigh_ritz_ if beyond else chosen.fn
 
     def __getattr__(self, word: str) -> Callable[..., Any]:
         if word not in WORDS:

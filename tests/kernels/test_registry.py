@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -206,3 +207,15 @@ def test_python_and_native_orientation_agree(shape):
         if min(shape) > 64:  # two reads: the other side gives another number, so that the test can fail
             assert not torch.equal(value.abs(), found["other"])
         assert torch.equal(value, alone(stack, 4, 2, 128, 1e-6, 3, 0)[0])
+
+
+def test_a_kernel_with_limits_leaves_larger_problems_to_the_reference(monkeypatch):
+    rows = registry.table()["rayleigh_ritz_"]
+    row = rows["cpu"]
+    if row.supports("rayleigh_ritz_", "cpu", torch.float32, 4) is not None:
+        pytest.skip("no native library")
+    monkeypatch.setitem(rows, "cpu", dataclasses.replace(row, column_limit=8, rank_limit=2))
+    words = registry.Words("cpu", torch.float32, 4, "cpu")
+    assert words.rayleigh_ritz_for(8, 2) is row.fn
+    assert words.rayleigh_ritz_for(12, 1) is rows["reference"].fn
+    assert words.rayleigh_ritz_for(8, 3) is rows["reference"].fn

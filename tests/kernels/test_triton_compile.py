@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -126,10 +127,12 @@ def test_compiles(compiled, target: str, configuration: str) -> None:
     result = compiled[target, configuration]
     assert isinstance(result, dict), result
     assert result["shared"] <= SHARED[target] * 1024
-    if not (
-        target == "gfx942" and configuration.startswith("step")
-    ):  # spills there, 57 to 183 registers by Triton version
-        assert result["spills"] == 0, result
+    allowed = 0
+    if target == "gfx942" and configuration.startswith("step"):
+        allowed = 1024  # 57 to 183 registers by Triton version
+    elif (target, configuration) == ("sm_80", "step 128") and importlib.metadata.version("triton") < "3.9":
+        allowed = 8  # bytes, with Triton 3.7
+    assert result["spills"] <= allowed, result
     if target != "gfx942" and configuration.startswith("read"):
         assert result["wide"] > 0, "the aligned kinds must load 8 or 16 bytes at once"
     if target != "gfx942" and configuration.startswith("step"):

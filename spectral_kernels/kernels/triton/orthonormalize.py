@@ -55,7 +55,7 @@ def _within(X, least):
         inverse = tl.where(kept, 1.0 / tl.where(kept, norm, 1.0), 0.0).to(tl.float32)
         X = tl.where(i == c, tl.where(kept, w * inverse, 0.0), X)
         R += tl.where((i == c) & (j == c), tl.where(kept, norm, 0.0), 0.0)
-        again = tl.maximum(again, (kept & (square < COLLINEAR * before)).to(tl.int32))
+        again = tl.maximum(again, (kept & (square < before * COLLINEAR)).to(tl.int32))
     return X, R, again
 
 
@@ -68,7 +68,7 @@ def orthonormalize(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constex
     keep = (i < b) & (c < n)
     X = tl.load(w + i * n + c, mask=keep, other=0.0)
     longest = tl.max(tl.max(tl.sum(X * X, axis=2), axis=1), axis=0)
-    floor = tl.maximum(floor, 8 * EPS * tl.sqrt(longest.to(tl.float64)))
+    floor = tl.maximum(floor, tl.sqrt(longest.to(tl.float64)) * (8 * EPS))
     R = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     again = 1
     for _ in range(2):
@@ -119,7 +119,7 @@ def _within_long(x, n, b, least, COLS: tl.constexpr):
         kept = norm > tl.sum(tl.where(i == row, least, 0.0), axis=1, keep_dims=True)  # (1, 1, 1)
         inverse = tl.where(kept, 1.0 / tl.where(kept, norm, 1.0), 0.0).to(tl.float32)
         R += tl.where((i == row) & (j == row), tl.where(kept, norm, 0.0), 0.0)
-        lost = (kept & (square < COLLINEAR * before)).to(tl.int32)
+        lost = (kept & (square < before * COLLINEAR)).to(tl.int32)
         again = tl.maximum(again, tl.max(tl.max(tl.max(lost, axis=2), axis=1), axis=0))
         for first in range(0, n, COLS):
             c = first + tl.arange(0, COLS)[None, None, :]
@@ -142,7 +142,7 @@ def orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.co
         longest += tl.sum(X * X, axis=2)
         tl.store(x + i * n + c, X, mask=(i < b) & (c < n))
     tl.debug_barrier()
-    floor = tl.maximum(floor, 8 * EPS * tl.sqrt(tl.max(tl.max(longest, axis=1), axis=0).to(tl.float64)))
+    floor = tl.maximum(floor, tl.sqrt(tl.max(tl.max(longest, axis=1), axis=0).to(tl.float64)) * (8 * EPS))
     R = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     again = 1
     for _ in range(2):

@@ -132,7 +132,7 @@ def step_kernel(
         d = tl.arange(0, ORDER)
         diagonal = tl.load(t + d * (order + 1), mask=d < columns, other=0.0)
         diagonal += tl.load(s + (d - columns) * (b + 1), mask=(d >= columns) & (d < K), other=0.0)
-        floor = 8 * EPS * tl.max(diagonal, axis=0)
+        floor = tl.max(diagonal, axis=0) * (8 * EPS)
         if n <= 512:
             R = orthonormalize(q, w, v, n, K, b, floor, 8, 512)
         elif n <= 4096:
