@@ -110,8 +110,10 @@ void gram_read(const Matrix& a, T scale, int64_t b, int64_t b4, int64_t ldn, con
   auto chunk = [&](int64_t i, int64_t slot) {
     static thread_local Buffer<T> panel_buffer, y_buffer;
     const int64_t row0 = i * rows, row1 = std::min(a.m, row0 + rows), ldy = padded(row1 - row0);
+    const bool along_rows = !is_across(a);  // whole rows in memory order need no panel
+    const bool packs = !(along_rows && is_direct(a, scale, a.n, a.sn));
     GramChunk<T> g{a, scale, row0, row1, b4, ldn, v, partial + slot * block, y_buffer.need(b4 * ldy), ldy,
-                   s.data() + slot * b4 * b4, with_statistics, Statistics{}, panel_buffer.need(panel_entries<T>(a))};
+                   s.data() + slot * b4 * b4, with_statistics, Statistics{}, packs ? panel_buffer.need(panel_entries<T>(a)) : nullptr};
     run_chunk(g);
     statistics[slot] = g.statistics;
     if (y)

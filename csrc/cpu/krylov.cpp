@@ -274,10 +274,11 @@ void run_krylov(const KrylovTask<T>& k) {
   }
   const int64_t most = std::min(k.cap, k.steps * b), rows = most + b;
   // basis rows behind the last multiple of 4 are read by whole tiles: zero where b is not one itself
+  const int64_t spare = b % 4 ? 4 : 0;
   struct Free { void operator()(T* p) const { std::free(p); } };
-  std::unique_ptr<T, Free> basis(static_cast<T*>(std::aligned_alloc(64, sizeof(T) * (rows + 4) * ldn)));
+  std::unique_ptr<T, Free> basis(static_cast<T*>(std::aligned_alloc(64, sizeof(T) * (rows + spare) * ldn)));
   T* q = basis.get();
-  if (b % 4) std::memset(q, 0, sizeof(T) * (rows + 4) * ldn);
+  if (b % 4) std::memset(q, 0, sizeof(T) * (rows + spare) * ldn);
   std::memcpy(q, k.start, sizeof(T) * b * ldn);
   std::vector<T> w(b4 * ldn), block(b % 4 ? b4 * ldn : 0, T(0));
   std::vector<double> t(rows * rows, 0.0), z;

@@ -33,7 +33,7 @@ inline bool is_across(const Matrix& a) { return a.sm == 1 && (a.sn != 1 || a.n <
 
 // Rows of the untracked side per chunk: a partial result per chunk, added up in order, so that bits depend on the shape alone.
 inline int64_t chunk_rows(int64_t m) {
-  constexpr int64_t rows = 256, most = 64;
+  const int64_t rows = m > 2048 ? 512 : 256, most = 64;  // 512: partial results of a large matrix stay below 1 % of it
   return rows * ((m + rows * most - 1) / (rows * most) > 0 ? (m + rows * most - 1) / (rows * most) : 1);
 }
 
