@@ -283,7 +283,6 @@ void run_krylov(const KrylovTask<T>& k) {
   std::vector<T> w(b4 * ldn), block(b % 4 ? b4 * ldn : 0, T(0));
   std::vector<double> t(rows * rows, 0.0), z;
   std::vector<int64_t> first(rows, 0);
-  for (int64_t i = 0; i < b; ++i) first[i] = 0;
   Read<T> read;
   int64_t columns = 0, K = 0;
   const int64_t exhausted = n <= m ? n : m + b;  // a start on the longer side lies outside the row space

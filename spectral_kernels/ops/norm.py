@@ -120,7 +120,6 @@ def _fast(A: Tensor, tol: float, dim: Any, steps: int | None, seed: int) -> Tens
         or A.dtype not in arguments.FLOATS
         or A.ndim not in (2, 3)
         or A.layout != torch.strided
-        or A.device.type == "meta"
         or triplet.must_be_opaque((A,))
     ):
         return None
@@ -167,8 +166,8 @@ def _warn(result: Estimate, j: int, a: Tensor, tol: float, cold: bool) -> None:
 
     row = result.info[j]
     lower = float(row[INFO["sigma"]])
-    fresh = BLOCK if cold else 1
-    upper = upper_of_restarted(row.tolist(), tracked(a), BLOCK, fresh=fresh)
+    width = BLOCK if cold else 2 * BLOCK  # a warm start runs its kept rows beside as many fresh ones
+    upper = upper_of_restarted(row.tolist(), tracked(a), width, fresh=BLOCK)
     warnings.warn(
         f"spectral_norm: {int(row[INFO['reads']])} reads did not prove tol={tol:g} for a {tuple(a.shape[1:])} matrix; "
         f"sigma_max lies in [{lower:.9g}, {upper:.9g}] (upper side with probability 1 - 1e-6)",

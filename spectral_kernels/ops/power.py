@@ -39,7 +39,6 @@ def estimate(
     special = value
     info = torch.zeros((N, INFO_COLUMNS), dtype=torch.float64, device=device)
     finished = torch.zeros(N, dtype=torch.bool, device=device)
-    reads = 0
     if N == 0:
         return PowerEstimate(Estimate(info, V, V), V)
     for reads in range(1, (steps or MOST_READS) + 1):

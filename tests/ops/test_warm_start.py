@@ -208,3 +208,23 @@ def test_singular_triplet_takes_the_same_blocks(backend):
     u, s, v = sk.singular_triplet(changed(A, 1e-6), 1e-6, v0=block)
     assert float(s) == pytest.approx(exact(changed(A, 1e-6)), rel=1e-6)
     assert float(u @ changed(A, 1e-6) @ v) == pytest.approx(float(s), rel=2e-6)
+
+
+def test_a_spent_budget_is_bracketed_for_the_wider_block(monkeypatch, backend):
+    """8 rows, 4 of them random: the basis is full after half as many reads, which is what the bracket may count."""
+    from spectral_kernels.ops import certificates
+
+    bracket, widths = certificates.upper_of_restarted, []
+
+    def spy(row, n, b, *, fresh=None, delta=1e-6):
+        widths.append((b, fresh))
+        return bracket(row, n, b, fresh=fresh, delta=delta)
+
+    A = make("clustered", 300, 0).A
+    _, block = sk.spectral_norm(A, return_block=True)
+    monkeypatch.setattr(certificates, "upper_of_restarted", spy)
+    monkeypatch.setattr("spectral_kernels.ops.estimate.MOST_READS", 2)
+    monkeypatch.setattr(norm, "DENSE_FINISH", 0)
+    with pytest.warns(sk.AccuracyWarning):
+        sk.spectral_norm(A.roll(1, 1), 1e-9, v0=block)
+    assert widths == [(8, 4)]
