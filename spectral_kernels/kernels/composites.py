@@ -75,7 +75,7 @@ def block_krylov(
     T = torch.zeros((N, rows, rows), dtype=torch.float64, device=device)
     info = torch.zeros((N, INFO_COLUMNS), dtype=torch.float64, device=device)
     info[:, INFO["scale"]] = 1.0
-    _store(Q, V, n, b, rows)
+    store(Q, V, n, b, rows)
 
     if N == 0:
         return info, Q.new_empty(0), T if with_t else T.new_empty(0)
@@ -99,7 +99,7 @@ def block_krylov(
     return info, X, T if with_t else T.new_empty(0)
 
 
-def _store(Q: Tensor, V: Tensor, n: Sequence[int], b: int, rows: int) -> None:
+def store(Q: Tensor, V: Tensor, n: Sequence[int], b: int, rows: int) -> None:
     """Rows [0, b) of every matrix's Q := its block of V."""
     offset = 0
     for _, count, size in runs(n):

@@ -40,6 +40,7 @@ INFO = {
 }
 INFO_COLUMNS = 13
 STATS = {"frob2": 0, "amax": 1, "nan": 2, "inf": 3}  # columns of `stats` (N, 4), float64
+NORMS = {**STATS, "row2": 4}  # columns of the result of `momentum_norms_` (N, 5), float64
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -146,3 +147,109 @@ _library.define("krylov_norm(Tensor A, int b, int steps, int cap, float tol, int
 @torch.library.register_fake(f"{NAMESPACE}::krylov_norm")
 def _krylov_norm_fake(A, b, steps, cap, tol, min_reads, seed):
     return A.new_empty(A.shape[:-2], dtype=acc_dtype(A.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# momentum_gram_matvec_: the momentum of every matrix and one read of what an optimizer will apply, in one pass.
+#   M      ragged list, updated in place: M <- beta M + alpha G, rounded to its dtype (alpha = 1: heavy ball,
+#          1 - beta: moving average, negative: ascent). M_j is read and written once, G_j read once
+#   G      ragged list of the same shapes, any float dtype, any strides
+#   X      what is read: M as just stored, or beta M + alpha G in acc with `nesterov`
+#   update     False: M stays, X is read again (M, or beta M + alpha G)
+#   propagate  False: an entry of G that is not finite counts as zero, and so does one of the new M: M and X are finite
+#              True: such entries enter M and X, as in torch's optimizers
+#   V, scale, b as in gram_matvec; acc is that of M's dtype
+#   skip   (N,) bool or None: matrices to be left alone, M included; their outputs are 0
+#   -> W, S, stats (N, 4) of X as in gram_matvec; the NaN and inf flags are those of G and of beta M + alpha G before
+#      anything counts as zero
+_library.define(
+    "momentum_gram_matvec_(Tensor(a!)[] M, Tensor[] G, Tensor V, Tensor scale, Tensor? skip, float beta, float alpha,"
+    " bool nesterov, bool update, bool propagate, int b) -> (Tensor W, Tensor S, Tensor stats)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::momentum_gram_matvec_")
+def _momentum_gram_matvec_fake(M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b):
+    N = counts(M)
+    small = dict(dtype=torch.float64)
+    return V.new_empty(V.shape), V.new_empty((N, b, b), **small), V.new_empty((N, 4), **small)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# momentum_norms_: the same pass for what is not normalized by its spectral norm.
+#   -> norms (N, 5) float64: ||scale X||_F^2, max |X| (unscaled, NaN ignored), NaN flag, inf flag, and the largest
+#      squared l2 norm of a row of scale X; zeros where skipped
+_library.define(
+    "momentum_norms_(Tensor(a!)[] M, Tensor[] G, Tensor scale, Tensor? skip, float beta, float alpha,"
+    " bool nesterov, bool update, bool propagate) -> Tensor"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::momentum_norms_")
+def _momentum_norms_fake(M, G, scale, skip, beta, alpha, nesterov, update, propagate):
+    return M[0].new_empty((counts(M), len(NORMS)), dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# apply_update_: P <- (1 - decay) P - size (scale X), one pass; P is read and written once, X's sources are read once.
+#   P      ragged list, any float dtype, updated in place, rounded to nearest; M, G of the same shapes
+#   G      empty: X = M; otherwise (Nesterov) X = beta M + alpha G
+#   size   (N,) acc; decay (N,) float64; scale (N,) acc, powers of two: size alone would overflow for tiny X
+#   skip   (N,) bool or None: P stays, bit for bit
+_library.define(
+    "apply_update_(Tensor(a!)[] P, Tensor[] M, Tensor[] G, Tensor size, Tensor scale, Tensor decay, Tensor? skip,"
+    " float beta, float alpha) -> ()"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::apply_update_")
+def _apply_update_fake(P, M, G, size, scale, decay, skip, beta, alpha):
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# next_block_: what a block Krylov space (Q, T, info after rayleigh_ritz_) leaves for the next call.
+#   m, n   sides of every matrix, n the tracked one
+#   V      flat (b, n_j) acc. On return orthonormal rows: first A'A z of the b - fresh leading Ritz vectors z
+#          (orthonormalized in descending order), then random rows, drawn from (seed, shape, step_j). Rows that the
+#          space does not fill are random too, rows beyond n are zero. Unchanged where theta is not positive.
+#   step   (N,) int64: a draw depends on it; a matrix that has drawn twice with one step gets the same rows
+#   -> upper (N,) float64, of A unscaled: an upper bound of sigma_max, always (up to rounding, for which it has room):
+#      sigma_max^2 <= the largest eigenvalue of [[theta, r], [r, tau]], r = ||R||_F >= ||(I - QQ')A'A Q||,
+#      tau = ||A||_F^2 - trace T >= ||A (I - QQ')||_F^2, and <= ||A||_F^2; 0 where theta is not positive
+_library.define(
+    "next_block_(int[] m, int[] n, Tensor Q, Tensor T, Tensor info, Tensor(a!) V, Tensor step, int b, int fresh,"
+    " int seed) -> Tensor"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::next_block_")
+def _next_block_fake(m, n, Q, T, info, V, step, b, fresh, seed):
+    return info.new_empty((len(n),))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tracked_step_: a whole step P <- (1 - decay) P - size X / ||X||_2 of every matrix, ||X||_2 followed by a block.
+# Default: the words above, one after the other (composites.py); a backend may go matrix by matrix while M is in cache.
+#   P, M, G  ragged lists with the tracked side last (of M; the three are oriented alike)
+#   V      flat (b, n_j) acc, orthonormal rows; replaced by next_block_
+#   scale  (N,) acc, powers of two at which matrices were read last, replaced; 0: never
+#   step   (N,) int64 for next_block_
+#   size   (N,) float64: the spectral norm of the update; decay (N,) float64
+#   skip   (N,) bool or None: matrices to be left alone altogether
+#   upper  divide by the upper bound of next_block_ instead of the estimate
+#   reads  most reads of a matrix, the one of the momentum pass included; tol and min_reads decide, per matrix and on
+#          the device, whether a read was enough: see rayleigh_ritz_
+# P stays, bit for bit, where G or the new momentum is not finite (unless `propagate`); V stays where X is zero.
+#   -> info (N, INFO_COLUMNS), of X; upper (N,) as next_block_ gives it
+_library.define(
+    "tracked_step_(Tensor(a!)[] P, Tensor(b!)[] M, Tensor[] G, Tensor(c!) V, Tensor(d!) scale, Tensor step, Tensor size,"
+    " Tensor decay, Tensor? skip, float beta, float alpha, bool nesterov, bool propagate, bool upper, int b, int fresh,"
+    " int reads, float tol, int min_reads, int seed) -> (Tensor info, Tensor bound)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::tracked_step_")
+def _tracked_step_fake(P, M, G, V, scale, step, size, decay, *options):
+    N = counts(M)
+    return size.new_empty((N, INFO_COLUMNS)), size.new_empty((N,))

@@ -8,6 +8,7 @@ position nor neighbours, and is the same on every rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +23,16 @@ def mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def key(seed: int, m: int, n: int, step: int) -> int:
-    """The 64-bit key of a draw; m >= n or not, (m, n) and (n, m) are one shape."""
+def base(seed: int, m: int, n: int) -> int:
+    """The step's key less the step; m >= n or not, (m, n) and (n, m) are one shape."""
     z = mix((seed * _GOLDEN + 1) & _MASK)
     z = mix(z ^ max(m, n))
-    z = mix((z + min(m, n) * _GOLDEN) & _MASK)
-    return mix((z + step) & _MASK)
+    return mix((z + min(m, n) * _GOLDEN) & _MASK)
+
+
+def key(seed: int, m: int, n: int, step: int) -> int:
+    """The 64-bit key of a draw."""
+    return mix((base(seed, m, n) + step) & _MASK)
 
 
 def _signed(z: int) -> int:
@@ -42,10 +47,25 @@ def _shift(z: Tensor, by: int) -> Tensor:
 def normals(draw: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """(count,) float64 standard normals of the draw with this key."""
     pair = torch.arange((count + 1) // 2, dtype=torch.int64, device=device)
-    z = pair * _signed(_GOLDEN) + _signed(draw)  # int64 arithmetic wraps, as the mixer wants
+    return _normals(pair, torch.full((1,), _signed(draw), dtype=torch.int64, device=device))[0, :count]
+
+
+def draws(bases: Sequence[int], steps: Tensor, count: int) -> Tensor:
+    """(k, count) float64 standard normals: row j of the draw with `base` bases[j] and step steps[j] (int64, device)."""
+    start = torch.tensor([_signed(z) for z in bases], dtype=torch.int64, device=steps.device)
+    pair = torch.arange((count + 1) // 2, dtype=torch.int64, device=steps.device)
+    return _normals(pair, _mix(start + steps))[:, :count]
+
+
+def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _signed(_C1)
     z = (z ^ _shift(z, 27)) * _signed(_C2)
-    z = z ^ _shift(z, 31)
+    return z ^ _shift(z, 31)
+
+
+def _normals(pair: Tensor, keys: Tensor) -> Tensor:
+    """(k, 2 pairs) from the pair numbers and the keys (k,); int64 arithmetic wraps, as the mixer wants."""
+    z = _mix(pair[None] * _signed(_GOLDEN) + keys[:, None])
     radius = (-2 * ((_shift(z, 32).double() + 0.5) * 2.0**-32).log()).sqrt()
     angle = ((z & 0xFFFFFFFF).double() + 0.5) * (2 * math.pi * 2.0**-32)
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), 1).flatten()[:count]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), 2).flatten(1)

@@ -18,9 +18,23 @@ from typing import Any
 
 import torch
 
-from . import composites, reference
+from . import composites, composites_step, reference, reference_step
 
-WORDS = ("gram_matvec", "rayleigh_ritz_", "block_krylov")
+WORDS = (
+    "gram_matvec",
+    "rayleigh_ritz_",
+    "block_krylov",
+    "momentum_gram_matvec_",
+    "momentum_norms_",
+    "apply_update_",
+    "next_block_",
+    "tracked_step_",
+)
+# word -> (its default over the other words, the word that reads the matrices)
+COMPOSITES: dict[str, tuple[Callable[..., Any], str]] = {
+    "block_krylov": (composites.block_krylov, "gram_matvec"),
+    "tracked_step_": (composites_step.tracked_step_, "momentum_gram_matvec_"),
+}
 SHORT_CUTS = ("krylov_norm",)  # a backend that serves block_krylov itself may add one
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -62,15 +76,16 @@ class Choice:
 def table() -> dict[str, dict[str, Kernel]]:
     """word -> backend -> Kernel, for every backend that knows the word."""
     rows: dict[str, dict[str, Kernel]] = {word: {} for word in (*WORDS, *SHORT_CUTS)}
-    modules = {
-        "cpu": importlib.import_module(".cpu", __package__),
-        "triton": importlib.import_module(".triton", __package__),
-        "reference": reference,
-    }
-    for backend, module in modules.items():
+    modules = (
+        ("cpu", importlib.import_module(".cpu", __package__)),
+        ("triton", importlib.import_module(".triton", __package__)),
+        ("reference", reference),
+        ("reference", reference_step),
+    )
+    for backend, module in modules:
         for word in (*WORDS, *SHORT_CUTS):
             fn = getattr(module, word, None)
-            if fn is not None:
+            if fn is not None and fn.__module__.startswith(module.__name__):
                 limits = (getattr(module, name, None) for name in ("column_limit", "rank_limit"))
                 rows[word][backend] = Kernel(word, backend, fn, module.supports, *limits)
     return rows
@@ -119,10 +134,10 @@ def _choose(word: str, device_type: str, dtype: torch.dtype, b: int, insist: str
             assert kernel is not None and kernel.fn is not None
             return Choice(word, backend, kernel.fn, tuple(declined))
         declined.append((backend, reason))
-    if word == "block_krylov":  # a composite: its default runs over whatever serves the other words
+    if word in COMPOSITES:  # its default runs over whatever serves the other words
+        default, reader = COMPOSITES[word]
         words = Words(device_type, dtype, b, insist)
-        backend = words.choice("gram_matvec").backend
-        return Choice(word, backend, partial(composites.block_krylov, words), tuple(declined))
+        return Choice(word, words.choice(reader).backend, partial(default, words), tuple(declined))
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
     raise BackendUnavailable(f"no backend serves {word} for {dtype} on {device_type}: {reasons}")
 

@@ -21,7 +21,7 @@ def run(words, A, b, steps, tol=0.0, rank=1):
     T = torch.zeros((N, rows, rows), dtype=torch.float64, device=device)
     info = torch.zeros((N, INFO_COLUMNS), dtype=torch.float64, device=device)
     info[:, INFO["scale"]] = 1
-    composites._store(Q, V, n, b, rows)
+    composites.store(Q, V, n, b, rows)
     scale = ones(A)
     for step in range(steps):
         W, S, stats, _ = words.gram_matvec(A, V, scale, None, b, step == 0, False)

@@ -1,0 +1,118 @@
+"""The optimizer's step over the words; a backend may replace it by one that goes matrix by matrix. See contracts.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .composites import SAFE_EXPONENT, safe_scale, store
+from .contracts import INFO, INFO_COLUMNS, STATS, acc_dtype, counts, sides
+
+
+def rescale(scale: Tensor, amax: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(scale to read at, must the read be repeated) from the scale that was read at and max |entry|.
+
+    The old scale (1 where it was 0) stays while scale * amax is in the safe window, where products of four entries are
+    exact enough; otherwise the power of two next to 1 / amax, or 1 where that lies in the window too.
+    """
+    used = torch.where(scale > 0, scale, 1).double()
+    limit = 2.0 ** SAFE_EXPONENT[acc]
+    inside = (amax * used >= 1 / limit) & (amax * used <= limit)
+    again = ~inside & (amax > 0) & torch.isfinite(amax)
+    return torch.where(again, safe_scale(amax, acc), used).to(acc), again
+
+
+def hold_back(bad: Tensor, skip: Tensor | None, owner: Tensor | None, propagate: bool) -> Tensor | None:
+    """(N,) bool or None: matrices whose parameter must stay, those of `skip` and the bad ones with their like."""
+    if propagate:
+        return skip
+    if owner is not None:
+        flags = torch.zeros_like(bad, dtype=torch.int64).index_add_(0, owner, bad.long())
+        bad = flags[owner] > 0
+    return bad if skip is None else skip | bad
+
+
+def tracked_step_(
+    words: Any,
+    P: Sequence[Tensor],
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    V: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    size: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+    nesterov: bool,
+    propagate: bool,
+    upper: bool,
+    b: int,
+    fresh: int,
+    reads: int,
+    tol: float,
+    min_reads: int,
+    seed: int,
+    owner: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Momentum, estimate, new block, update; nothing is sent to the host (capturable).
+
+    owner (N,) int64: matrices with one number are one parameter, which stays as a whole where one of them is bad.
+    """
+    acc, device, N = acc_dtype(M[0].dtype), V.device, counts(M)
+    n = sides(M, 2)
+    rows = reads * b + b
+    info = torch.zeros((N, INFO_COLUMNS), dtype=torch.float64, device=device)
+    if N == 0:
+        return info, info.new_zeros(0)
+    T = torch.zeros((N, rows, rows), dtype=torch.float64, device=device)
+    Q = torch.zeros(rows * sum(n), dtype=acc, device=device)
+    store(Q, V, n, b, rows)
+    options = (beta, alpha, nesterov)
+
+    at = torch.where(scale > 0, scale, 1)
+    W, S, stats = words.momentum_gram_matvec_(M, G, V, at, skip, *options, True, propagate, b)
+    amax = stats[:, STATS["amax"]]
+    bad = (stats[:, STATS["nan"]] > 0) | (stats[:, STATS["inf"]] > 0)
+    at, again = rescale(scale, amax, acc)
+    W2, S2, stats2 = words.momentum_gram_matvec_(M, G, V, at, ~again, *options, False, propagate, b)
+    sizes = torch.tensor([b * size for size in n], dtype=torch.int64).to(device, non_blocking=True)
+    W = torch.where(torch.repeat_interleave(again, sizes, output_size=W.numel()), W2, W)
+    S = torch.where(again[:, None, None], S2, S)
+    stats = torch.where(again[:, None], stats2, stats)
+    gone = torch.zeros_like(bad) if skip is None else skip
+    finished = gone | (amax == 0) | (bad if propagate else torch.zeros_like(bad))
+    info[:, INFO["amax"]] = amax
+    info[:, INFO["nan"]] = (bad & (stats[:, STATS["nan"]] > 0)).double()
+    info[:, INFO["inf"]] = (bad & (stats[:, STATS["inf"]] > 0)).double()
+    info[:, INFO["frob2"]] = stats[:, STATS["frob2"]]
+    info[:, INFO["scale"]] = at.double()
+    info[:, INFO["reads"]] = (~gone).double() + again.double()
+    info[:, INFO["done"]] = finished.double()
+
+    v = V.clone()
+    for read in range(reads):
+        if read:
+            going = info[:, INFO["done"]] == 0
+            info[:, INFO["reads"]] += going.double()
+            if nesterov:
+                W, S, _ = words.momentum_gram_matvec_(M, G, v, at, ~going, *options, False, propagate, b)
+            else:
+                W, S, _, _ = words.gram_matvec(M, v, at, ~going, b, False, False)
+        words.rayleigh_ritz_(n, Q, v, T, info, W, S, at, b, read * b, 1, tol, min_reads)
+    bound = words.next_block_(sides(M, 1), n, Q, T, info, V, step, b, fresh, seed)
+
+    norm = bound if upper else info[:, INFO["sigma"]]
+    norm = norm * at.double()
+    moves = norm > 0  # of scale * X
+    ratio = torch.where(moves, size / torch.where(moves, norm, 1), 0)
+    scale.copy_(torch.where(gone | (amax == 0), scale, at))
+    if propagate:
+        ratio = torch.where(bad, torch.nan, ratio)
+    held = hold_back(bad, skip, owner, propagate)
+    words.apply_update_(P, M, G if nesterov else [], ratio.to(acc), at, decay, held, beta, alpha)
+    return info, bound
