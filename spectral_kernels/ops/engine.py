@@ -1,0 +1,319 @@
+"""One step over any number of parameters: collect their matrices into ragged lists, one call of the words for each.
+
+`take` knows neither optimizers nor arguments of a user: `ops/step.py` and `optim/` check and fill in what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import registry
+from ..kernels.composites import start_block
+from ..kernels.composites_step import hold_back, rescale, tracked_step_
+from ..kernels.contracts import INFO, INFO_COLUMNS, NORMS, acc_dtype
+from .estimate import full_precision, oriented
+from .layout import Layout
+
+COLD_STEPS = 3  # the first steps of a parameter read as often as a cold estimate needs
+READS = 3  # at most, in a step with a tracked block; docs/tracking.md has the measurements
+COLD_READS = 12
+TOL = 0.1  # read again while 10 * error > tol: an estimated error above 1 %, or energy outside the block (contracts.py)
+COLD_MIN_READS = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all parameters of a call share."""
+
+    momentum: float = 0.95
+    nesterov: bool = False
+    direction: str = "normalize"
+    maximize: bool = False
+    propagate: bool = False
+    upper: bool = False
+    block: int = 4
+    seed: int = 0
+
+    @property
+    def alpha(self) -> float:
+        return -1.0 if self.maximize else 1.0
+
+    @property
+    def fresh(self) -> int:
+        return max(1, self.block // 4)
+
+
+@dataclass
+class Entry:
+    """One parameter of a step. lr, decay: numbers or one-element tensors; factors: one per stack of its layout."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    layout: Layout
+    factors: Sequence[float]
+    lr: float | Tensor
+    decay: float | Tensor
+    skip: Tensor | None = None  # () bool on the device: leave the parameter and its state alone
+
+
+class Result(NamedTuple):
+    """What a step knew of one parameter: one row of info per matrix (kernels/contracts.py: INFO), its upper bounds."""
+
+    info: Tensor  # (k, INFO_COLUMNS) float64
+    upper: Tensor  # (k,) float64
+    size: Tensor  # (k,) float64: the norm of the update
+
+
+class Part(NamedTuple):
+    """What one call of the words found, rows in the order of its entries."""
+
+    entries: list[int]  # numbers in the list given to `take`
+    counts: list[int]  # matrices of each
+    tracked: bool
+    info: Tensor
+    upper: Tensor
+    size: Tensor
+    held: Tensor  # () int64: parameters that were held back
+
+
+class Outcome(NamedTuple):
+    parts: list[Part]
+    names: list[Any]  # what the caller calls the entries, filled in by the caller
+
+    def results(self) -> dict[int, Result]:
+        """One Result per entry, by its number."""
+        found = {}
+        for part in self.parts:
+            rows = zip(*(x.split(part.counts) for x in (part.info, part.upper, part.size)), strict=True)
+            found.update({i: Result(*row) for i, row in zip(part.entries, rows, strict=True)})
+        return found
+
+
+@dataclass
+class _Bucket:
+    """Matrices that one call of a word serves."""
+
+    P: list[Tensor] = field(default_factory=list)
+    M: list[Tensor] = field(default_factory=list)
+    G: list[Tensor] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # matrices of every entry
+    norms: list[int] = field(default_factory=list)  # the norm of every matrix, a column of NORMS
+    factors: list[float] = field(default_factory=list)
+
+
+def is_tracked(layout: Layout, stacks: Sequence[Tensor], direction: str) -> bool:
+    """Does a block follow this parameter? Not where another norm is asked for or is the spectral norm itself."""
+    return layout.kind in ("matrix", "conv") and direction == "normalize" and any(min(s.shape[1:]) > 1 for s in stacks)
+
+
+def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Options, dtype: torch.dtype | None) -> None:
+    """Fill in what is missing of a parameter's state: step, momentum_buffer, tracker and, where followed, block."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = layout.buffer(param, dtype or param.dtype)
+    M = layout.buffer_stacks(state["momentum_buffer"])
+    N = sum(m.shape[0] for m in M)
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    if "tracker" not in state:  # per matrix: the power of two it was read at (0: never), random blocks drawn so far
+        state["tracker"] = torch.zeros((N, 2), dtype=torch.float64, device=param.device)
+    if "block" not in state and is_tracked(layout, M, options.direction):
+        state["block"] = start(M, options)
+
+
+def start(M: Sequence[Tensor], options: Options) -> Tensor:
+    """Random blocks of all matrices of a parameter: (k, b, n), or flat where the tracked sides n differ."""
+    parts = []
+    for m in map(oriented, M):
+        k, rows, n = m.shape
+        one = start_block(rows, n, options.block, options.seed, acc_dtype(m.dtype), m.device)
+        parts.append(one.expand(k, -1, -1))
+    if len({p.shape[2] for p in parts}) == 1:
+        return torch.cat(parts)
+    return torch.cat([p.reshape(-1) for p in parts])
+
+
+def is_cold(state: dict[str, Any]) -> bool:
+    """No block to trust yet. Where the tracker lies on the host it is asked too: gradients may come late."""
+    if float(state["step"]) < COLD_STEPS:
+        return True
+    tracker = state["tracker"]
+    return tracker.device.type == "cpu" and bool((tracker[:, 0] == 0).any())
+
+
+def take(entries: Sequence[Entry], options: Options) -> Outcome:
+    """Momentum, norms and update of every entry, in place, without a host synchronization on GPUs."""
+    buckets: dict[tuple[Any, ...], _Bucket] = {}
+    for i, entry in enumerate(entries):
+        _sort(buckets, i, entry, options)
+    outcome = Outcome([], [])
+    with torch.no_grad():
+        for (tracked, single, cold, *_), bucket in buckets.items():
+            with full_precision(bucket.M):
+                found = (
+                    _tracked(bucket, entries, options, single, cold) if tracked else _normed(bucket, entries, options)
+                )
+            outcome.parts.append(Part(bucket.entries, bucket.counts, tracked, *found))
+        torch._foreach_add_([entry.state["step"] for entry in entries], 1)
+    return outcome
+
+
+def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options: Options) -> None:
+    layout, state = entry.layout, entry.state
+    M = layout.buffer_stacks(state["momentum_buffer"])
+    P, G = layout.stacks(entry.param.detach()), layout.stacks(entry.grad)
+    tracked = "block" in state and is_tracked(layout, M, options.direction)
+    N = sum(m.shape[0] for m in M)
+    key = (tracked, N == 1, tracked and is_cold(state), entry.param.dtype, M[0].dtype, G[0].dtype, entry.param.device)
+    bucket = buckets.setdefault(key, _Bucket())
+    for p, m, g, factor in zip(P, M, G, entry.factors, strict=True):
+        if tracked:
+            side = oriented(m)
+            if side.stride() != m.stride() or side.shape != m.shape:
+                p, m, g = p.mT, side, g.mT
+        bucket.P.append(p)
+        bucket.M.append(m)
+        bucket.G.append(g)
+        bucket.factors += [factor] * m.shape[0]
+    bucket.entries.append(i)
+    bucket.counts.append(N)
+    bucket.norms += [{"gain": NORMS["amax"], "embedding": NORMS["row2"]}.get(layout.kind, NORMS["frob2"])] * N
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor on the device, sent once: later steps send nothing from the host."""
+    host = torch.tensor(values, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def _per_matrix(values: Sequence[float | Tensor], counts: Sequence[int], device: torch.device) -> Tensor:
+    """(N,) float64 from one number or one-element tensor per entry."""
+    if not any(isinstance(v, Tensor) for v in values):
+        if len(set(values)) == 1:
+            return torch.full((sum(counts),), float(values[0]), dtype=torch.float64, device=device)
+        return torch.cat(
+            [
+                torch.full((c,), float(v), dtype=torch.float64, device=device)
+                for v, c in zip(values, counts, strict=True)
+            ]
+        )
+    parts = []
+    for value, count in zip(values, counts, strict=True):
+        x = value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+        parts.append(x.to(device, torch.float64, non_blocking=True).reshape(1).expand(count))
+    return torch.cat(parts)
+
+
+def _common(bucket: _Bucket, entries: Sequence[Entry]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """size (N,), decay (N,), skip (N,) or None, and the entry of every matrix where one has several."""
+    device = bucket.M[0].device
+    mine = [entries[i] for i in bucket.entries]
+    lr = _per_matrix([e.lr for e in mine], bucket.counts, device)
+    size = lr * _constant(tuple(bucket.factors), torch.float64, device)
+    decay = _per_matrix([e.decay for e in mine], bucket.counts, device)
+    skip = None
+    if any(e.skip is not None for e in mine):
+        none = torch.zeros((), dtype=torch.bool, device=device)
+        flags = [(none if e.skip is None else e.skip).expand(c) for e, c in zip(mine, bucket.counts, strict=True)]
+        skip = torch.cat(flags)
+    owner = None
+    if max(bucket.counts) > 1:
+        numbers = tuple(i for i, c in enumerate(bucket.counts) for _ in range(c))
+        owner = _constant(numbers, torch.int64, device)
+    return size, decay, skip, owner
+
+
+def _tracked(
+    bucket: _Bucket, entries: Sequence[Entry], options: Options, single: bool, cold: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, b = bucket.M[0], options.block
+    acc = acc_dtype(first.dtype)
+    size, decay, skip, owner = _common(bucket, entries)
+    states = [entries[i].state for i in bucket.entries]
+    trackers = torch.cat([s["tracker"] for s in states])
+    V = torch.cat([s["block"].reshape(-1) for s in states]).to(acc)
+    scale = trackers[:, 0].to(acc)
+    words = registry.words(first.device.type, first.dtype, b)
+    rule = (COLD_READS, TOL, COLD_MIN_READS) if cold else (READS, TOL, 1)
+    arguments = (
+        bucket.P, bucket.M, bucket.G, V, scale, trackers[:, 1].long(), size, decay, skip, options.momentum,
+        options.alpha, options.nesterov, options.propagate, options.upper, b, options.fresh, *rule, options.seed,
+    )  # fmt: skip
+    if single:
+        info, bound = words.tracked_step_(*arguments)
+    else:  # a bad entry anywhere in a parameter holds all its matrices back
+        info, bound = tracked_step_(words, *arguments, owner=owner)
+    drawn = trackers[:, 1] + (1.0 if skip is None else (~skip).double())
+    new = torch.stack((scale.double(), drawn), 1)
+    torch._foreach_copy_([s["tracker"] for s in states], list(new.split(bucket.counts)))
+    blocks = [s["block"] for s in states]
+    parts = V.split([x.numel() for x in blocks])
+    torch._foreach_copy_(blocks, [part.view(x.shape) for part, x in zip(parts, blocks, strict=True)])
+    return info, bound, size, _held(info, skip, owner, len(states), options.propagate)
+
+
+def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norms that need no block: l2 of a vector, Frobenius, largest entry, largest row."""
+    P, M, G, first = bucket.P, bucket.M, bucket.G, bucket.M[0]
+    acc = acc_dtype(first.dtype)
+    size, decay, skip, owner = _common(bucket, entries)
+    states = [entries[i].state for i in bucket.entries]
+    trackers = torch.cat([s["tracker"] for s in states])
+    words = registry.words(first.device.type, first.dtype, options.block)
+    moved = (options.momentum, options.alpha, options.nesterov)
+    scale = torch.where(trackers[:, 0] > 0, trackers[:, 0], 1).to(acc)
+    norms = words.momentum_norms_(M, G, scale, skip, *moved, True, options.propagate)
+    amax = norms[:, NORMS["amax"]]
+    at, again = rescale(scale, amax, acc)
+    bad = (norms[:, NORMS["nan"]] > 0) | (norms[:, NORMS["inf"]] > 0)
+    if first.device.type != "cpu" or bool(again.any()):
+        second = words.momentum_norms_(M, G, at, ~again, *moved, False, options.propagate)
+        norms = torch.where(again[:, None], second, norms)
+    info = _info(norms, bad, at, again)
+    columns = _constant(tuple(bucket.norms), torch.int64, first.device)
+    chosen = norms.gather(1, columns[:, None])[:, 0]
+    norm = torch.where(columns == NORMS["amax"], amax * at.double(), chosen.sqrt())  # of scale * X
+    moves = norm > 0
+    ratio = torch.where(moves, size / torch.where(moves, norm, 1), 0)
+    value = norm / at.double()
+    gone = hold_back(bad, skip, owner, options.propagate)
+    if options.propagate:
+        ratio, value = (torch.where(bad, torch.nan, x) for x in (ratio, value))
+    info[:, INFO["sigma"]] = value
+    words.apply_update_(
+        P, M, G if options.nesterov else [], ratio.to(acc), at, decay, gone, options.momentum, options.alpha
+    )
+    kept = (amax == 0) if skip is None else skip | (amax == 0)
+    new = torch.stack((torch.where(kept, trackers[:, 0], at.double()), trackers[:, 1]), 1)
+    torch._foreach_copy_([s["tracker"] for s in states], list(new.split(bucket.counts)))
+    return info, value, size, _held(info, skip, owner, len(states), options.propagate)
+
+
+def _held(info: Tensor, skip: Tensor | None, owner: Tensor | None, entries: int, propagate: bool) -> Tensor:
+    """() int64: entries with a matrix that was skipped or not finite."""
+    bad = (info[:, INFO["nan"]] + info[:, INFO["inf"]]) > 0
+    if propagate:
+        return bad.new_zeros((), dtype=torch.int64)
+    bad = bad if skip is None else bad | skip
+    if owner is not None:
+        bad = torch.zeros(entries, dtype=torch.int64, device=bad.device).index_add_(0, owner, bad.long()) > 0
+    return bad.sum()
+
+
+def _info(norms: Tensor, bad: Tensor, at: Tensor, again: Tensor) -> Tensor:
+    info = norms.new_zeros((norms.shape[0], INFO_COLUMNS))
+    for name in ("frob2", "amax", "nan", "inf"):
+        info[:, INFO[name]] = norms[:, NORMS[name]]
+    info[:, INFO["nan"]], info[:, INFO["inf"]] = info[:, INFO["nan"]] * bad, info[:, INFO["inf"]] * bad
+    info[:, INFO["reads"]] = 1.0 + again.double()
+    info[:, INFO["scale"]] = at.double()
+    info[:, INFO["done"]] = 1.0
+    return info

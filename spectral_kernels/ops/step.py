@@ -1,0 +1,173 @@
+"""`spectral_step_`: Eq. 17 of *A Spectral Condition for Feature Learning*, in place, for tensors and lists."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import scaling
+from . import arguments
+from .arguments import check_choice
+from .engine import Entry, Options, prepare, take
+from .layout import Layout
+from .retract import retract_
+
+DIRECTIONS = ("normalize", "frobenius")
+NONFINITE = ("skip", "strict", "propagate")
+SAFETY = ("upper",)
+
+
+def check_options(
+    *,
+    momentum: Any,
+    direction: Any,
+    rule: Any,
+    safety: Any,
+    retract: Any,
+    nonfinite: Any,
+    block: Any,
+) -> None:
+    """Raise ValueError or TypeError, naming the argument, what was given and what is allowed."""
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum must be a number, not {type(momentum).__name__}")
+    if not 0.0 <= float(momentum) < 1.0:
+        raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
+    check_choice("direction", direction, DIRECTIONS)
+    for name, value in (("rule", rule), ("retract", retract)):
+        if isinstance(value, str):
+            check_choice(name, value, scaling.RULES)
+        elif value is not None or name == "rule":
+            arguments.check_number(name, value, 0.0, above=True)
+    if safety is not None:
+        check_choice("safety", safety, SAFETY)
+    check_choice("nonfinite", nonfinite, NONFINITE)
+    arguments.check_int("block", block, 2, 64)
+
+
+def check_rate(name: str, value: Any) -> None:
+    """A number >= 0, or a tensor with one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a one-element tensor, not {type(value).__name__}")
+    elif not (float(value) >= 0.0 and math.isfinite(float(value))):
+        raise ValueError(f"Invalid {name}: {value} (a finite number of at least 0 is allowed)")
+
+
+def check_gradient(param: Tensor, grad: Tensor, who: str, name: str) -> None:
+    """Raise RuntimeError, in torch's words where torch has some, unless this gradient can move this parameter."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{who} does not support sparse gradients ({name} has one of layout {grad.layout})")
+    if param.is_complex() or grad.is_complex():
+        raise RuntimeError(f"{who} does not support complex parameters ({name} is {param.dtype})")
+    if param.dtype not in arguments.FLOATS or grad.dtype not in arguments.FLOATS:
+        raise RuntimeError(f"{who} serves float32, float64, bfloat16 and float16, not {param.dtype} ({name})")
+    if type(param).__name__ == "DTensor" or type(grad).__name__ == "DTensor":
+        raise RuntimeError(f"{who} does not serve DTensors yet ({name}); sharded parameters need sk.distributed")
+    if grad.shape != param.shape:
+        raise RuntimeError(f"the gradient of {name} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}")
+    if grad.device != param.device:
+        raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {param.device}")
+
+
+def guard(entries: Sequence[Entry], names: Sequence[str], nonfinite: str, error_if_nonfinite: bool) -> None:
+    """Look at the gradients before anything moves: one read of them, and with error_if_nonfinite one host read."""
+    if not entries or not (error_if_nonfinite or nonfinite == "strict"):
+        return
+    finite = [torch.isfinite(x) for x in torch._foreach_norm([e.grad for e in entries], math.inf)]
+    if error_if_nonfinite:
+        bad = [name for name, ok in zip(names, finite, strict=True) if not bool(ok)]
+        if bad:
+            raise RuntimeError(f"non-finite gradients of {', '.join(bad)}; nothing was changed")
+    if nonfinite == "strict":
+        for entry, ok in zip(entries, finite, strict=True):
+            entry.skip = ~ok
+
+
+def spectral_step_(
+    W: Any,
+    G: Any,
+    lr: float | Tensor,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = False,
+    direction: str = "normalize",
+    rule: str | float = "rms_to_rms",
+    weight_decay: float | Tensor = 0.0,
+    num_heads: int | None = None,
+    split_sizes: Sequence[int] | None = None,
+    retract: str | float | None = None,
+    safety: str | None = None,
+    nonfinite: str = "skip",
+    error_if_nonfinite: bool = False,
+    maximize: bool = False,
+    block: int = 4,
+    momentum_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    state: Any = None,
+    return_info: bool = False,
+) -> Any:
+    """W <- (1 - lr weight_decay) W - lr rule(m, n) M / ||M||, M <- momentum M + G; in place, W is returned.
+
+    W, G: tensors (..., m, n) = (..., fan_out, fan_in) or lists of such, one device per list; every matrix has its own
+    norm. direction: "normalize" divides by the spectral norm (Eq. 17), "frobenius" by the Frobenius norm. rule:
+    "rms_to_rms" = sqrt(m / n), "original", "match_rms_adamw", "none", or a number. nesterov: M + the look-ahead
+    momentum M + G. num_heads, split_sizes: blocks of rows that are matrices of their own. retract: afterwards every
+    matrix is set to this spectral norm (a number or a rule). safety="upper" divides by an upper bound of the norm that
+    always holds. state: a dict (a list of dicts), empty at first, filled in place with tensors; without one every call
+    is a first step. block: directions that are followed per matrix.
+
+    The norm is a lower estimate, on average 1 to 2 reads of M; docs/tracking.md has its measured errors. A W whose
+    gradient or new momentum is not finite stays bit for bit, non-finite entries do not enter M; nonfinite="strict"
+    scans first and keeps the state too, "propagate" does what torch's optimizers do; error_if_nonfinite raises
+    RuntimeError before anything changes. return_info: also a Result per tensor (info, upper bounds of the norm, size
+    of the update; ops/engine.py).
+    """
+    is_list = isinstance(W, list | tuple)
+    weights, grads = (list(W), list(G)) if is_list else ([W], [G])
+    states = [{} for _ in weights] if state is None else list(state) if is_list else [state]
+    if not (len(weights) == len(grads) == len(states)):
+        raise ValueError(f"{len(weights)} weights, {len(grads)} gradients and {len(states)} states do not match")
+    check_options(
+        momentum=momentum, direction=direction, rule=rule, safety=safety, retract=retract, nonfinite=nonfinite,
+        block=block,
+    )  # fmt: skip
+    check_rate("learning rate", lr)
+    check_rate("weight_decay", weight_decay)
+    arguments.check_seed(seed)
+    layout = Layout("matrix", num_heads=num_heads, split_sizes=None if split_sizes is None else tuple(split_sizes))
+    options = Options(
+        float(momentum), nesterov, direction, maximize, nonfinite == "propagate", safety == "upper", block, seed
+    )
+    names = [f"W[{i}]" if is_list else "W" for i in range(len(weights))]
+    for name, w, g in zip(names, weights, grads, strict=True):
+        arguments.check_matrix(w, name)
+        if not isinstance(g, Tensor):
+            raise TypeError(f"the gradient of {name} must be a torch.Tensor, not {type(g).__name__}")
+        if w.device != weights[0].device:
+            raise ValueError(
+                f"a list must lie on one device: {names[0]} is on {weights[0].device}, {name} on {w.device}"
+            )
+        check_gradient(w, g, "spectral_step_", name)
+        layout.check(w.shape, name)
+    decay = lr * weight_decay
+    entries = [
+        Entry(w, g, s, layout, layout.factors(w.shape, rule), lr, decay)
+        for w, g, s in zip(weights, grads, states, strict=True)
+    ]
+    guard(entries, names, nonfinite, error_if_nonfinite)
+    for entry in entries:
+        prepare(entry.param, entry.state, layout, options, momentum_dtype)
+    outcome = take(entries, options)
+    if retract is not None:
+        retract_([(e.param, e.state, layout, retract) for e in entries], seed)
+    if not return_info:
+        return W
+    results = outcome.results()
+    return W, [results[i] for i in range(len(entries))] if is_list else results[0]

@@ -1,0 +1,302 @@
+"""`SpectralOptimizer`: Eq. 17 of *A Spectral Condition for Feature Learning* for every parameter of a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..kernels.contracts import INFO
+from ..ops import arguments
+from ..ops.engine import Entry, Options, Outcome, is_tracked, prepare, start, take
+from ..ops.layout import Layout, kind_of
+from ..ops.retract import retract_
+from ..ops.step import check_gradient, check_options, check_rate, guard
+from .description import Description, Row, Skipped
+from .groups import ParamGroups
+from .roles import role_of
+
+
+class StepInfo(NamedTuple):
+    """What the last step knew of one parameter, one number per matrix, float64, on its device."""
+
+    sigma: Tensor  # norm of the momentum that the update was divided by (before a safety margin)
+    upper: Tensor  # an upper bound of it that always holds
+    size: Tensor  # norm of the update: lr x factor; 0 where nothing moved
+    reads: Tensor  # passes over the momentum, that of its own update included
+    error: Tensor  # estimated relative error of sigma
+    frob: Tensor  # Frobenius norm
+    tracked: bool  # sigma is a spectral norm followed by a block
+
+
+class SpectralOptimizer(Optimizer):
+    """delta W = -lr rule(fan_out, fan_in) M / ||M||_2, M <- momentum M + G, for every matrix of a model.
+
+    params: as torch's optimizers take them; `optim.param_groups(model)` says what every parameter is, bare parameters
+    are taken by their shape. lr: float or one-element tensor. direction: "normalize" (spectral norm) or "frobenius".
+    rule: "rms_to_rms" (Condition 1), "original", "match_rms_adamw", "none" or a number. weight_decay: decoupled,
+    W <- (1 - lr weight_decay) W. block: directions followed per matrix (4 or 8). safety="upper": divide by an upper
+    bound that always holds. retract: after every step matrices are set to this spectral norm (a number or a rule).
+    nonfinite: what a gradient with NaN or inf does: "skip" (the parameter stays bit for bit, finite entries enter the
+    momentum), "strict" (the state stays too; one more read), "propagate" (as torch). error_if_nonfinite: RuntimeError
+    before anything changes. momentum_dtype: None, that of the parameter. seed: of the blocks' random directions.
+
+    A group may carry kind ("matrix", "conv", "vector", "gain", "embedding", "skip"), transposed, groups, num_heads or
+    split_sizes: see ops/layout.py, and docs/optimizer.md for what is divided by which norm. Steps never wait for a GPU.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.1,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        direction: str = "normalize",
+        rule: str | float = "rms_to_rms",
+        weight_decay: float = 0.0,
+        block: int = 4,
+        safety: str | None = None,
+        retract: str | float | None = None,
+        nonfinite: str = "skip",
+        error_if_nonfinite: bool = False,
+        maximize: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        arguments.check_seed(seed)
+        if momentum_dtype is not None and momentum_dtype not in arguments.FLOATS:
+            raise ValueError(f"momentum_dtype must be a float dtype, not {momentum_dtype}")
+        self.momentum_dtype = momentum_dtype
+        self.error_if_nonfinite = error_if_nonfinite
+        self._described = params.description if isinstance(params, ParamGroups) else None
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._last: list[Outcome] = []
+        defaults = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "direction": direction, "rule": rule,
+            "weight_decay": weight_decay, "block": block, "safety": safety, "retract": retract,
+            "nonfinite": nonfinite, "maximize": maximize, "seed": seed, "kind": None, "transposed": False,
+            "groups": 1, "num_heads": None, "split_sizes": None,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = ("momentum_dtype", "error_if_nonfinite", "_described", "_skipped")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in mine}, "_last": []}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, and the group's options are checked against the shapes of its parameters."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @staticmethod
+    def _check_group(group: dict[str, Any]) -> None:
+        names = ("momentum", "direction", "rule", "safety", "retract", "nonfinite", "block")
+        check_options(**{name: group[name] for name in names})
+        check_rate("learning rate", group["lr"])
+        check_rate("weight_decay", group["weight_decay"])
+        for i, p in enumerate(group["params"]):
+            _layout(group, p).check(p.shape, _name(group, i))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step over all parameters that have a gradient. closure: evaluates the model anew and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch.compiler.disable
+    def _step(self) -> None:
+        calls: dict[tuple[Options, str], tuple[list[Entry], list[str]]] = {}
+        retracted = []
+        for group in self.param_groups:
+            options = _options(group)
+            decay = group["lr"] * group["weight_decay"]
+            for i, p in enumerate(group["params"]):
+                if p.grad is None or group["kind"] == "skip" or p.numel() == 0:
+                    continue
+                check_gradient(p, p.grad, type(self).__name__, _name(group, i))
+                layout = _layout(group, p)
+                state = self.state[p] if p in self.state else {}
+                entry = Entry(p, p.grad, state, layout, layout.factors(p.shape, group["rule"]), group["lr"], decay)
+                entries, names = calls.setdefault((options, group["nonfinite"]), ([], []))
+                entries.append(entry)
+                names.append(_name(group, i))
+                if group["retract"] is not None and layout.kind in ("matrix", "conv"):
+                    retracted.append((p, state, layout, group["retract"], group["seed"]))
+        for (_, nonfinite), (entries, names) in calls.items():
+            guard(entries, names, nonfinite, self.error_if_nonfinite)
+        for (options, _), (entries, _) in calls.items():
+            for entry in entries:
+                self._fit(entry, options)
+                prepare(entry.param, entry.state, entry.layout, options, self.momentum_dtype)
+        self._last = []
+        for (options, _), (entries, _) in calls.items():
+            for entry in entries:
+                self.state[entry.param] = entry.state
+            outcome = take(entries, options)
+            outcome.names.extend(entry.param for entry in entries)
+            self._last.append(outcome)
+            for part in outcome.parts:
+                held = self._skipped.get(part.held.device)
+                self._skipped[part.held.device] = part.held if held is None else held + part.held
+        for seed in {r[4] for r in retracted}:
+            retract_([r[:4] for r in retracted if r[4] == seed], seed)
+
+    @staticmethod
+    def _fit(entry: Entry, options: Options) -> None:
+        """A block of another width, or for another seed's list of matrices, is started anew, with a warning."""
+        block = entry.state.get("block")
+        if block is None:
+            return
+        M = entry.layout.buffer_stacks(entry.state["momentum_buffer"])
+        if not is_tracked(entry.layout, M, options.direction):
+            return
+        shape = start([m.to("meta") for m in M], options).shape
+        if block.shape != shape:
+            warnings.warn(
+                f"the block of a parameter of shape {tuple(entry.param.shape)} is {tuple(block.shape)}, now it must be "
+                f"{tuple(shape)}: it is started anew",
+                UserWarning,
+                stacklevel=4,
+            )
+            entry.state["block"] = start(M, options)
+            entry.state["tracker"][:, 0] = 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but nothing is loaded where a shape differs, and the state keeps its dtypes bit for bit.
+
+        `block` stays what this optimizer was built with: blocks of a checkpoint with another width are started anew.
+        """
+        final: dict[str, Any] = {}
+
+        def look(_: Optimizer, given: dict[str, Any]) -> None:
+            self._check_loaded(given)
+            final.update(given)
+
+        widths = [group["block"] for group in self.param_groups]
+        handle = self.register_load_state_dict_pre_hook(look)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, width in zip(self.param_groups, widths, strict=True):
+            group["block"] = width
+        numbers = [i for group in final["param_groups"] for i in group["params"]]
+        mine = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(numbers, mine, strict=True):
+            for key, value in final["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[p][key] = value.detach().clone().to(p.device)
+
+    def _check_loaded(self, given: dict[str, Any]) -> None:
+        groups, saved = self.param_groups, given["param_groups"]
+        if len(groups) != len(saved):
+            return  # torch has a message for it
+        for group, other in zip(groups, saved, strict=True):
+            for i, (p, number) in enumerate(zip(group["params"], other["params"], strict=False)):
+                state = given["state"].get(number, {})
+                buffer = state.get("momentum_buffer")
+                wanted = _layout(group, p).buffer_shape(p.shape)
+                if buffer is not None and tuple(buffer.shape) != wanted:
+                    raise ValueError(
+                        f"the checkpoint's momentum_buffer of {_name(group, i)} has shape {tuple(buffer.shape)}, this "
+                        f"parameter needs {wanted}; nothing was loaded"
+                    )
+
+    @property
+    def skipped(self) -> Tensor:
+        """() int64 on the device: parameters held back so far because a gradient or momentum was not finite."""
+        counts = list(self._skipped.values())
+        if not counts:
+            return torch.zeros((), dtype=torch.int64)
+        return torch.stack([c.to(counts[0].device) for c in counts]).sum() if len(counts) > 1 else counts[0]
+
+    def last_step(self) -> Iterator[tuple[Tensor, StepInfo]]:
+        """(parameter, StepInfo) of every parameter that the last step moved; nothing is sent to the host."""
+        for outcome in self._last:
+            tracked = {i: part.tracked for part in outcome.parts for i in part.entries}
+            for i, (info, upper, size) in sorted(outcome.results().items()):
+                sigma, scale = info[:, INFO["sigma"]], info[:, INFO["scale"]]
+                frob = info[:, INFO["frob2"]].sqrt() / torch.where(scale > 0, scale, 1)
+                moved = torch.where(sigma > 0, size, 0)
+                rest = (info[:, INFO["reads"]], info[:, INFO["error"]], frob, tracked[i])
+                yield outcome.names[i], StepInfo(sigma, upper, moved, *rest)
+
+    def describe(self) -> Description:
+        """Who is treated how, and why; warns where the shape was all there was to go by and may mislead."""
+        known = {} if self._described is None else {row.name: row for row in self._described}
+        named = [row.name for row in known.values()]
+        rows, skipped = [], []
+        order = iter(named)
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = _name(group, i, f"group {g}, ")
+                if known and "param_names" not in group:
+                    name = next(order, name)
+                if group["kind"] == "skip":
+                    skipped.append(Skipped(name, tuple(p.shape), "kind 'skip'"))
+                    continue
+                given = group["kind"] is not None
+                why = known[name].role.why if name in known else "given" if given else "shape alone"
+                role = role_of(
+                    p, kind=group["kind"] or kind_of(p.shape), transposed=group["transposed"], groups=group["groups"],
+                    num_heads=group["num_heads"], split_sizes=group["split_sizes"], why=why,
+                )  # fmt: skip
+                factors = _layout(group, p).factors(p.shape, group["rule"])
+                rows.append(Row(name, tuple(p.shape), role, factors[0], float(group["lr"]) * factors[0]))
+        if self._described is not None:
+            skipped += self._described.skipped
+        description = Description(rows, skipped)
+        if description.by_shape:
+            warnings.warn(
+                f"{len(description.by_shape)} parameters are taken by their shape alone (an embedding would pass for a "
+                "matrix): use optim.param_groups(model)",
+                stacklevel=2,
+            )
+        return description
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralOptimizer:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = [] if key == "_last" else copy.deepcopy(value, memo)
+        return new
+
+
+def _options(group: dict[str, Any]) -> Options:
+    return Options(
+        float(group["momentum"]), bool(group["nesterov"]), group["direction"], bool(group["maximize"]),
+        group["nonfinite"] == "propagate", group["safety"] == "upper", group["block"], group["seed"],
+    )  # fmt: skip
+
+
+def _layout(group: dict[str, Any], p: Tensor) -> Layout:
+    split = group["split_sizes"]
+    return Layout(
+        group["kind"] or kind_of(p.shape), bool(group["transposed"]), group["groups"], group["num_heads"],
+        None if split is None else tuple(split),
+    )  # fmt: skip
+
+
+def _name(group: dict[str, Any], i: int, prefix: str = "") -> str:
+    names = group.get("param_names")
+    return names[i] if names else f"{prefix}parameter {i}"
