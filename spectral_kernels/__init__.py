@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import diagnostics as diagnostics
+    from . import optim as optim
     from . import parametrizations as parametrizations
+    from . import scaling as scaling
     from .explanation import explain as explain
+    from .initialization import init_model_ as init_model_
     from .kernels.registry import BackendUnavailable as BackendUnavailable
     from .kernels.registry import force as force
     from .ops.bounds import SpectralBounds as SpectralBounds
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from .ops.norm import AccuracyWarning as AccuracyWarning
     from .ops.norm import spectral_norm as spectral_norm
     from .ops.rescale import spectral_norm_ as spectral_norm_
+    from .ops.step import spectral_step_ as spectral_step_
     from .ops.subspace import LeadingSubspace as LeadingSubspace
     from .ops.subspace import SingularTriplet as SingularTriplet
     from .ops.subspace import leading_subspace as leading_subspace
@@ -34,11 +39,13 @@ _PUBLIC = {
     "spectral_bounds": ".ops.bounds",
     "SpectralBounds": ".ops.bounds",
     "spectral_norm_": ".ops.rescale",
+    "spectral_step_": ".ops.step",
+    "init_model_": ".initialization",
     "explain": ".explanation",
     "force": ".kernels.registry",
     "BackendUnavailable": ".kernels.registry",
 }
-_SUBMODULES = ("parametrizations", "scaling")
+_SUBMODULES = ("diagnostics", "optim", "parametrizations", "scaling")
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 

@@ -18,6 +18,10 @@ USES = {  # words behind a public function
     "spectral_bounds": ("gram_matvec", "rayleigh_ritz_", "block_krylov"),
     "stable_rank": ("gram_matvec", "rayleigh_ritz_", "block_krylov"),
     "leading_subspace": ("gram_matvec", "rayleigh_ritz_", "block_krylov"),
+    "spectral_step_": (
+        *("tracked_step_", "momentum_gram_matvec_", "gram_matvec", "rayleigh_ritz_", "next_block_", "apply_update_"),
+        "momentum_norms_",
+    ),
 }
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"kernels", "scaling"},
     {"ops"},
     {"distributed"},
-    {"optim", "parametrizations", "integrations", "explanation"},
+    {"optim", "parametrizations", "integrations", "explanation", "initialization"},
     {"bench", "diagnostics", "checkpoints", "inspection", "inspection_plot", "comparison", "doctor", "reporting"},
     {"experiments"},
     {"cli", "__main__"},

@@ -51,3 +51,71 @@ def test_match_rms_adamw_is_an_rms_of_a_fifth():
     m, n = 96, 40
     Q = torch.linalg.qr(torch.randn(m, n, dtype=torch.float64)).Q
     assert float((Q * scaling.match_rms_adamw(m, n)).square().mean().sqrt()) == pytest.approx(0.2)
+
+
+M, N, K = 96, 40, 9
+TABLE = {  # rule: (matrix, conv, vector, gain, embedding of 1000, scalar), from the paper's table and its extensions
+    "sgd": (M / N, M / (N * K), M, M, M, 1),
+    "entrywise": (1 / N, 1 / (N * K), 1, 1, 1, 1),
+    "frobenius": (math.sqrt(M / N), math.sqrt(M / N) / K, math.sqrt(M), math.sqrt(M), math.sqrt(M), 1),
+    "spectral": (math.sqrt(M / N), math.sqrt(M / N) / K, math.sqrt(M), 1, math.sqrt(M), 1),
+    "orthogonal": (math.sqrt(M / N), math.sqrt(M / N) / K, math.sqrt(M), 1, math.sqrt(M), 1),
+    "frobenius_proportional": (1 / math.sqrt(N), 1 / math.sqrt(M), 1, 1, 1 / math.sqrt(M), 1),
+}
+
+
+@pytest.mark.parametrize("rule", scaling.UPDATE_RULES)
+def test_rate_factors(rule):
+    arguments = ((M, N), (M, N, K), (M, 1), (M, M), (M, 1000), (1, 1))
+    got = [scaling.rate_factor(rule, kind, *args) for kind, args in zip(scaling.KINDS, arguments, strict=True)]
+    assert got == pytest.approx(TABLE[rule])
+
+
+def test_known_optimizers_have_known_rules():
+    assert set(scaling.OPTIMIZER_RULES.values()) <= set(scaling.UPDATE_RULES)
+    assert all(name == name.lower() for name in scaling.OPTIMIZER_RULES)
+
+
+def test_unknown_update_rules_and_kinds():
+    with pytest.raises(ValueError, match="unknown update rule 'adam': expected one of sgd, entrywise"):
+        scaling.rate_factor("adam", "matrix", 3, 4)
+    with pytest.raises(ValueError, match="unknown kind 'bias': expected one of matrix, conv"):
+        scaling.rate_factor("sgd", "bias", 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "update"),
+    [
+        ("entrywise", torch.sign),
+        ("frobenius", lambda G: G / torch.linalg.matrix_norm(G)),
+        ("spectral", lambda G: G / torch.linalg.matrix_norm(G, 2)),
+        ("sgd", lambda G: G),
+    ],
+)
+@pytest.mark.parametrize(("m", "n"), [(64, 256), (256, 64), (512, 512), (10, 400)])
+def test_an_update_of_a_low_rank_gradient_meets_condition_1(rule, update, m, n):
+    """A rank-one gradient of the size that Eq. 20 gives it: factor x update has spectral norm sqrt(m / n), up to 1."""
+    G = torch.outer(torch.randn(m, dtype=torch.float64), torch.randn(n, dtype=torch.float64))
+    G *= math.sqrt(n / m) / torch.linalg.matrix_norm(G, 2)
+    norm = float(torch.linalg.matrix_norm(scaling.rate_factor(rule, "matrix", m, n) * update(G), 2))
+    assert norm == pytest.approx(math.sqrt(m / n))
+
+
+@pytest.mark.parametrize(("m", "n"), [(512, 512), (512, 32), (32, 512), (2048, 128)])
+def test_init_std_meets_condition_1_within_two(m, n):
+    """||W||_2 = (1 + sqrt(min / max)) sqrt(m / n) under the simplified Parametrization 1, up to a few %."""
+    W = scaling.init_std(m, n) * torch.randn(m, n, dtype=torch.float64)
+    ratio = float(torch.linalg.matrix_norm(W, 2)) / math.sqrt(m / n)
+    assert ratio == pytest.approx(1 + math.sqrt(min(m, n) / max(m, n)), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "wanted"), [((64, 4), 3, 1.0), ((64, 64), 3, 1 / 3), ((64, 64), 1, 1.0)]
+)
+def test_init_std_of_a_convolution(channels, kernel, wanted):
+    """Its output has RMS min(1, sqrt(m / (n K))): fan_in is what one output entry sums over."""
+    m, n = channels
+    W = scaling.init_std(m, n, kernel**2) * torch.randn(m, n, kernel, kernel)
+    out = torch.nn.functional.conv2d(torch.randn(16, n, 12, 12), W)
+    assert float(out.square().mean().sqrt()) == pytest.approx(wanted, rel=0.1)
+    assert scaling.init_norm(m, n, kernel**2) == pytest.approx(math.sqrt(m / n) / kernel)

@@ -75,6 +75,7 @@ class SpectralOptimizer(Optimizer):
         self.momentum_dtype = momentum_dtype
         self.error_if_nonfinite = error_if_nonfinite
         self._described = params.description if isinstance(params, ParamGroups) else None
+        self._names = list(params.names) if isinstance(params, ParamGroups) else []  # in the order of the groups
         self._skipped: dict[torch.device, Tensor] = {}
         self._last: list[Outcome] = []
         defaults = {
@@ -83,35 +84,31 @@ class SpectralOptimizer(Optimizer):
             "nonfinite": nonfinite, "maximize": maximize, "seed": seed, "kind": None, "transposed": False,
             "groups": 1, "num_heads": None, "split_sizes": None,
         }  # fmt: skip
+        _check(defaults)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch adds it to the defaults here; no group of ours has it
+                    group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = ("momentum_dtype", "error_if_nonfinite", "_described", "_skipped")
+        mine = ("momentum_dtype", "error_if_nonfinite", "_described", "_names", "_skipped")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in mine}, "_last": []}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, and the group's options are checked against the shapes of its parameters."""
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            group = self.param_groups[-1]
+            _check(group)
+            for i, p in enumerate(group["params"]):
+                _layout(group, p).check(p.shape, _name(group, i))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    @staticmethod
-    def _check_group(group: dict[str, Any]) -> None:
-        names = ("momentum", "direction", "rule", "safety", "retract", "nonfinite", "block")
-        check_options(**{name: group[name] for name in names})
-        check_rate("learning rate", group["lr"])
-        check_rate("weight_decay", group["weight_decay"])
-        for i, p in enumerate(group["params"]):
-            _layout(group, p).check(p.shape, _name(group, i))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -167,7 +164,7 @@ class SpectralOptimizer(Optimizer):
         block = entry.state.get("block")
         if block is None:
             return
-        M = entry.layout.buffer_stacks(entry.state["momentum_buffer"])
+        M = entry.layout.buffer_stacks(entry.layout.buffer_dense(entry.state["momentum_buffer"]))
         if not is_tracked(entry.layout, M, options.direction):
             return
         shape = start([m.to("meta") for m in M], options).shape
@@ -204,8 +201,9 @@ class SpectralOptimizer(Optimizer):
         mine = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(numbers, mine, strict=True):
             for key, value in final["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[p][key] = value.detach().clone().to(p.device)
+                if isinstance(value, Tensor):  # copies: steps write into them; `step` is read by the host
+                    device = torch.device("cpu") if key == "step" else p.device
+                    self.state[p][key] = value.detach().to(device, copy=True)
 
     def _check_loaded(self, given: dict[str, Any]) -> None:
         groups, saved = self.param_groups, given["param_groups"]
@@ -244,9 +242,8 @@ class SpectralOptimizer(Optimizer):
     def describe(self) -> Description:
         """Who is treated how, and why; warns where the shape was all there was to go by and may mislead."""
         known = {} if self._described is None else {row.name: row for row in self._described}
-        named = [row.name for row in known.values()]
         rows, skipped = [], []
-        order = iter(named)
+        order = iter(self._names)
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 name = _name(group, i, f"group {g}, ")
@@ -280,6 +277,13 @@ class SpectralOptimizer(Optimizer):
         for key, value in self.__dict__.items():
             new.__dict__[key] = [] if key == "_last" else copy.deepcopy(value, memo)
         return new
+
+
+def _check(group: dict[str, Any]) -> None:
+    names = ("momentum", "direction", "rule", "safety", "retract", "nonfinite", "block")
+    check_options(**{name: group[name] for name in names})
+    check_rate("lr", group["lr"])
+    check_rate("weight_decay", group["weight_decay"])
 
 
 def _options(group: dict[str, Any]) -> Options:
