@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -18,10 +18,13 @@ Measured = tuple[Case, Problem, list[Record]]
 
 def entries(subject: str, *rows: str) -> list[Any]:
     """pytest parameters (case, provider): the cases of these rows, ours first."""
+    return listed(case for case in cpu_cases() if case.subject == subject and case.row in rows)
+
+
+def listed(cases: Iterable[Case]) -> list[Any]:
     return [
         pytest.param((case, provider), id=plain(f"{case.row} {case.name} {provider}"))
-        for case in cpu_cases()
-        if case.subject == subject and case.row in rows
+        for case in cases
         for provider in ("ours", *case.goals)
     ]
 

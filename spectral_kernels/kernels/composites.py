@@ -131,8 +131,8 @@ def _first_read(
     info[:, INFO["inf"]] = inf.double()
     if not may_sync or bool(again.any()):
         W2, S2, stats2, _ = words.gram_matvec(A, V, scale.to(acc), ~again, b, True, False)
-        sizes = torch.tensor([b * size for size in n], dtype=torch.int64, device=W.device)
-        chosen = torch.repeat_interleave(again, sizes, output_size=W.numel())
+        parts = [again[first : first + count, None].expand(count, b * size) for first, count, size in runs(n)]
+        chosen = torch.cat([part.reshape(-1) for part in parts])  # nothing comes from the host
         W = torch.where(chosen, W2, W)
         S = torch.where(again[:, None, None], S2, S)
         stats = torch.where(again[:, None], stats2, stats)

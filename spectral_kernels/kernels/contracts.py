@@ -243,9 +243,9 @@ def _next_block_fake(m, n, Q, T, info, V, step, b, fresh, seed):
 # P stays, bit for bit, where G or the new momentum is not finite (unless `propagate`); V stays where X is zero.
 #   -> info (N, INFO_COLUMNS), of X; upper (N,) as next_block_ gives it
 _library.define(
-    "tracked_step_(Tensor(a!)[] P, Tensor(b!)[] M, Tensor[] G, Tensor(c!) V, Tensor(d!) scale, Tensor step, Tensor size,"
-    " Tensor decay, Tensor? skip, float beta, float alpha, bool nesterov, bool propagate, bool upper, int b, int fresh,"
-    " int reads, float tol, int min_reads, int seed) -> (Tensor info, Tensor bound)"
+    "tracked_step_(Tensor(a!)[] P, Tensor(b!)[] M, Tensor[] G, Tensor(c!) V, Tensor(d!) scale, Tensor step,"
+    " Tensor size, Tensor decay, Tensor? skip, float beta, float alpha, bool nesterov, bool propagate, bool upper,"
+    " int b, int fresh, int reads, float tol, int min_reads, int seed) -> (Tensor info, Tensor bound)"
 )
 
 

@@ -118,7 +118,7 @@ def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Optio
     """Fill in what is missing of a parameter's state: step, momentum_buffer, tracker and, where followed, block."""
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = layout.buffer(param, dtype or param.dtype)
-    M = layout.buffer_stacks(state["momentum_buffer"])
+    M = layout.buffer_stacks(layout.buffer_dense(state["momentum_buffer"]))
     N = sum(m.shape[0] for m in M)
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
@@ -151,8 +151,9 @@ def is_cold(state: dict[str, Any]) -> bool:
 def take(entries: Sequence[Entry], options: Options) -> Outcome:
     """Momentum, norms and update of every entry, in place, without a host synchronization on GPUs."""
     buckets: dict[tuple[Any, ...], _Bucket] = {}
+    copies: list[tuple[Tensor, Tensor]] = []
     for i, entry in enumerate(entries):
-        _sort(buckets, i, entry, options)
+        _sort(buckets, copies, i, entry, options)
     outcome = Outcome([], [])
     with torch.no_grad():
         for (tracked, single, cold, *_), bucket in buckets.items():
@@ -161,14 +162,25 @@ def take(entries: Sequence[Entry], options: Options) -> Outcome:
                     _tracked(bucket, entries, options, single, cold) if tracked else _normed(bucket, entries, options)
                 )
             outcome.parts.append(Part(bucket.entries, bucket.counts, tracked, *found))
+        for strided, dense in copies:
+            strided.copy_(dense)
         torch._foreach_add_([entry.state["step"] for entry in entries], 1)
     return outcome
 
 
-def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options: Options) -> None:
+def _sort(
+    buckets: dict[tuple[Any, ...], _Bucket],
+    copies: list[tuple[Tensor, Tensor]],
+    i: int,
+    entry: Entry,
+    options: Options,
+) -> None:
+    """Put the matrices of an entry into its bucket; copies: (tensor, what stands for it and is copied back)."""
     layout, state = entry.layout, entry.state
-    M = layout.buffer_stacks(state["momentum_buffer"])
-    P, G = layout.stacks(entry.param.detach()), layout.stacks(entry.grad)
+    param, buffer = entry.param.detach(), state["momentum_buffer"]
+    p, m = layout.dense(param), layout.buffer_dense(buffer)
+    copies += [(x, d) for x, d in ((param, p), (buffer, m)) if x is not d]
+    P, M, G = layout.stacks(p), layout.buffer_stacks(m), layout.stacks(layout.dense(entry.grad))
     tracked = "block" in state and is_tracked(layout, M, options.direction)
     N = sum(m.shape[0] for m in M)
     key = (tracked, N == 1, tracked and is_cold(state), entry.param.dtype, M[0].dtype, G[0].dtype, entry.param.device)

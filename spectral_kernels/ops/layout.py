@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,14 +51,15 @@ class Layout:
             raise ValueError(f"{name}: {shape[0]} channels do not divide into groups={self.groups}")
 
     def stacks(self, W: Tensor) -> list[Tensor]:
-        """Views (k, fan_out, fan_in) of a weight or its gradient."""
+        """Views (k, fan_out, fan_in) of a weight or its gradient; RuntimeError where its strides allow none."""
         if self.kind in ("vector", "gain"):
             whole = W.view(1, 1, 1) if W.ndim == 0 else W[None, None] if W.ndim == 1 else W.view(1, -1, W.shape[-1])
             return [whole] if self.split_sizes is None else list(whole.split(list(self.split_sizes), -1))
         if self.kind == "embedding":
             return [W.view(1, -1, W.shape[-1])]
         if self.kind == "conv":
-            out = W.flatten(2).unflatten(0, (self.groups, -1))  # (g, out/g, in/g, K), or (g, in/g, out/g, K)
+            flat = W.view(*W.shape[:2], math.prod(W.shape[2:]))
+            out = flat.unflatten(0, (self.groups, -1))  # (g, out/g, in/g, K), or (g, in/g, out/g, K)
             four = out.permute(3, 0, 2, 1) if self.transposed else out.permute(3, 0, 1, 2)
             return _along_the_shorter(four)
         matrix = W.mT if self.transposed else W
@@ -66,10 +68,20 @@ class Layout:
             return [x for part in parts for x in _stack(part.unflatten(-2, (self.num_heads, -1)))]
         return [x for part in parts for x in _stack(part)]
 
+    def dense(self, W: Tensor) -> Tensor:
+        """W, or a contiguous copy where `stacks` of its strides would not be those of a contiguous weight."""
+        if W.is_contiguous():
+            return W
+        try:
+            found = [tuple(s.shape) for s in self.stacks(W)]
+        except RuntimeError:
+            return W.contiguous()
+        return W if found == self.sides(W.shape) else W.contiguous()
+
     def buffer(self, W: Tensor, dtype: torch.dtype) -> Tensor:
         """Zeros for the momentum of a weight: its shape, or contiguous per slice (K g, out / g, in / g) of a kernel."""
         if self.kind != "conv":
-            return torch.zeros_like(W, dtype=dtype, memory_format=torch.preserve_format)
+            return torch.zeros_like(self.dense(W), dtype=dtype, memory_format=torch.preserve_format)
         return W.new_zeros(self.buffer_shape(W.shape), dtype=dtype)
 
     def buffer_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -79,6 +91,10 @@ class Layout:
         sides = (second, first) if self.transposed else (first, second)
         return (math.prod(shape[2:]) * self.groups, *sides)
 
+    def buffer_dense(self, M: Tensor) -> Tensor:
+        """`dense` of a momentum buffer."""
+        return M if self.kind == "conv" else self.dense(M)
+
     def buffer_stacks(self, M: Tensor) -> list[Tensor]:
         """Views of a momentum buffer, in the order of `stacks`."""
         if self.kind != "conv":
@@ -87,7 +103,7 @@ class Layout:
 
     def sides(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
         """(k, fan_out, fan_in) of every stack."""
-        return [(s.shape[0], s.shape[1], s.shape[2]) for s in self.stacks(torch.empty(tuple(shape), device="meta"))]
+        return list(_sides(self, tuple(shape)))
 
     def factors(self, shape: Sequence[int], rule: str | float) -> list[float]:
         """What the update of every stack is multiplied with: the rule of its shape; facts in docs/param_groups.md."""
@@ -107,6 +123,12 @@ def kind_of(shape: Sequence[int]) -> str:
     if len(shape) >= len(kinds):
         raise ValueError(f"a parameter of shape {tuple(shape)} has no kind by shape: say which of {', '.join(KINDS)}")
     return kinds[len(shape)]
+
+
+@lru_cache(maxsize=4096)
+def _sides(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    views = layout.stacks(torch.empty(shape, device="meta"))
+    return tuple((s.shape[0], s.shape[1], s.shape[2]) for s in views)
 
 
 def _along_the_shorter(four: Tensor) -> list[Tensor]:

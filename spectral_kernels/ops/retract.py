@@ -25,12 +25,19 @@ def retract_(weights: Sequence[tuple[Tensor, dict[str, Any], Layout, str | float
     random directions. Zero matrices and those with non-finite entries stay.
     """
     lists: dict[tuple[Any, ...], list[tuple[int, list[Tensor]]]] = {}
+    copies = []
     for i, (weight, state, layout, _) in enumerate(weights):
         key = (weight.dtype, weight.device, "weight_block" in state)
-        lists.setdefault(key, []).append((i, layout.stacks(weight.detach())))
+        own = weight.detach()
+        whole = layout.dense(own)
+        if whole is not own:
+            copies.append((own, whole))
+        lists.setdefault(key, []).append((i, layout.stacks(whole)))
     with torch.no_grad():
         for (*_, warm), members in lists.items():
             _retract_list(weights, members, warm, seed)
+        for strided, dense in copies:
+            strided.copy_(dense)
 
 
 def _retract_list(

@@ -50,14 +50,18 @@ def check_options(
 
 
 def check_rate(name: str, value: Any) -> None:
-    """A number >= 0, or a tensor with one element."""
+    """A number >= 0, or a tensor with one element; the value of one on an accelerator is not looked at."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a one-element tensor, not {type(value).__name__}")
-    elif not (float(value) >= 0.0 and math.isfinite(float(value))):
-        raise ValueError(f"Invalid {name}: {value} (a finite number of at least 0 is allowed)")
+    if not (float(value) >= 0.0 and math.isfinite(float(value))):
+        words = "learning rate" if name == "lr" else name  # as torch says it
+        raise ValueError(f"Invalid {words}: {value} (a finite number of at least 0 is allowed)")
 
 
 def check_gradient(param: Tensor, grad: Tensor, who: str, name: str) -> None:
@@ -138,7 +142,7 @@ def spectral_step_(
         momentum=momentum, direction=direction, rule=rule, safety=safety, retract=retract, nonfinite=nonfinite,
         block=block,
     )  # fmt: skip
-    check_rate("learning rate", lr)
+    check_rate("lr", lr)
     check_rate("weight_decay", weight_decay)
     arguments.check_seed(seed)
     layout = Layout("matrix", num_heads=num_heads, split_sizes=None if split_sizes is None else tuple(split_sizes))
