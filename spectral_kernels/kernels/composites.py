@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +29,29 @@ def start_block(m: int, n: int, b: int, seed: int, dtype: torch.dtype, device: t
 
 def start_blocks(A: Sequence[Tensor], b: int, seed: int) -> Tensor:
     """Flat (b, n_j): every matrix of a shape starts from the same block."""
-    drawn: dict[tuple[int, int], Tensor] = {}
-    parts = []
-    for a in A:
-        k, m, n = a.shape
-        if (m, n) not in drawn:
-            drawn[m, n] = start_block(m, n, b, seed, acc_dtype(a.dtype), a.device).reshape(-1)
-        parts.append(drawn[m, n].repeat(k))
+    parts = [_kept_block(m, n, b, seed, acc_dtype(a.dtype), a.device).repeat(k) for a in A for k, m, n in [a.shape]]
     return torch.cat(parts)
+
+
+_blocks: OrderedDict[Hashable, Tensor] = OrderedDict()  # the flat start blocks used last
+_captured: dict[Hashable, Tensor] = {}  # those that captured CUDA graphs read
+
+
+def _kept_block(m: int, n: int, b: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`start_block`, flat: forty small launches on a GPU, so the last ones are kept."""
+    key = (m, n, b, seed, dtype, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    found = _blocks.get(key)
+    if found is None:
+        found = start_block(m, n, b, seed, dtype, device).reshape(-1)
+        if capturing:  # its memory belongs to the graph
+            return found
+        _blocks[key] = found
+        if len(_blocks) > 64:
+            _blocks.popitem(last=False)
+    elif capturing:
+        _captured[key] = found
+    return found
 
 
 def safe_scale(amax: Tensor, acc: torch.dtype) -> Tensor:
@@ -99,6 +115,12 @@ def block_krylov(
     return info, X, T if with_t else T.new_empty(0)
 
 
+def per_entry(flags: Tensor, n: Sequence[int], b: int) -> Tensor:
+    """(b * sum n_j,): the flag of its matrix for every entry of a flat block; nothing comes from the host."""
+    parts = [flags[first : first + count, None].expand(count, b * size) for first, count, size in runs(n)]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
 def store(Q: Tensor, V: Tensor, n: Sequence[int], b: int, rows: int) -> None:
     """Rows [0, b) of every matrix's Q := its block of V."""
     offset = 0
@@ -131,9 +153,7 @@ def _first_read(
     info[:, INFO["inf"]] = inf.double()
     if not may_sync or bool(again.any()):
         W2, S2, stats2, _ = words.gram_matvec(A, V, scale.to(acc), ~again, b, True, False)
-        parts = [again[first : first + count, None].expand(count, b * size) for first, count, size in runs(n)]
-        chosen = torch.cat([part.reshape(-1) for part in parts])  # nothing comes from the host
-        W = torch.where(chosen, W2, W)
+        W = torch.where(per_entry(again, n, b), W2, W)
         S = torch.where(again[:, None, None], S2, S)
         stats = torch.where(again[:, None], stats2, stats)
         info[:, INFO["reads"]] += again.double()

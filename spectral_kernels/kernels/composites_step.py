@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composites import SAFE_EXPONENT, safe_scale, store
+from .composites import SAFE_EXPONENT, per_entry, safe_scale, store
 from .contracts import INFO, INFO_COLUMNS, STATS, acc_dtype, counts, sides
 
 
@@ -77,18 +77,17 @@ def tracked_step_(
     at = torch.where(scale > 0, scale, 1)
     W, S, stats = words.momentum_gram_matvec_(M, G, V, at, skip, *options, True, propagate, b)
     amax = stats[:, STATS["amax"]]
-    bad = (stats[:, STATS["nan"]] > 0) | (stats[:, STATS["inf"]] > 0)
+    nan, inf = stats[:, STATS["nan"]] > 0, stats[:, STATS["inf"]] > 0  # a repeated read sees the cleaned momentum
+    bad = nan | inf
     at, again = rescale(scale, amax, acc)
     W2, S2, stats2 = words.momentum_gram_matvec_(M, G, V, at, ~again, *options, False, propagate, b)
-    sizes = torch.tensor([b * size for size in n], dtype=torch.int64).to(device, non_blocking=True)
-    W = torch.where(torch.repeat_interleave(again, sizes, output_size=W.numel()), W2, W)
+    W = torch.where(per_entry(again, n, b), W2, W)
     S = torch.where(again[:, None, None], S2, S)
     stats = torch.where(again[:, None], stats2, stats)
     gone = torch.zeros_like(bad) if skip is None else skip
     finished = gone | (amax == 0) | (bad if propagate else torch.zeros_like(bad))
     info[:, INFO["amax"]] = amax
-    info[:, INFO["nan"]] = (bad & (stats[:, STATS["nan"]] > 0)).double()
-    info[:, INFO["inf"]] = (bad & (stats[:, STATS["inf"]] > 0)).double()
+    info[:, INFO["nan"]], info[:, INFO["inf"]] = nan.double(), inf.double()
     info[:, INFO["frob2"]] = stats[:, STATS["frob2"]]
     info[:, INFO["scale"]] = at.double()
     info[:, INFO["reads"]] = (~gone).double() + again.double()
@@ -113,6 +112,8 @@ def tracked_step_(
     scale.copy_(torch.where(gone | (amax == 0), scale, at))
     if propagate:
         ratio = torch.where(bad, torch.nan, ratio)
+        info[:, INFO["sigma"]] = torch.where(nan, torch.nan, torch.where(inf, torch.inf, info[:, INFO["sigma"]]))
+        bound = torch.where(bad, info[:, INFO["sigma"]], bound)
     held = hold_back(bad, skip, owner, propagate)
     words.apply_update_(P, M, G if nesterov else [], ratio.to(acc), at, decay, held, beta, alpha)
     return info, bound

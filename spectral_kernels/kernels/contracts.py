@@ -160,8 +160,8 @@ def _krylov_norm_fake(A, b, steps, cap, tol, min_reads, seed):
 #              True: such entries enter M and X, as in torch's optimizers
 #   V, scale, b as in gram_matvec; acc is that of M's dtype
 #   skip   (N,) bool or None: matrices to be left alone, M included; their outputs are 0
-#   -> W, S, stats (N, 4) of X as in gram_matvec; the NaN and inf flags are those of G and of beta M + alpha G before
-#      anything counts as zero
+#   -> W, S, stats (N, 4) of X as in gram_matvec; the NaN and inf flags are those of G, of beta M + alpha G and of its
+#      rounding to M's dtype, before anything counts as zero (without an update: of X alone)
 _library.define(
     "momentum_gram_matvec_(Tensor(a!)[] M, Tensor[] G, Tensor V, Tensor scale, Tensor? skip, float beta, float alpha,"
     " bool nesterov, bool update, bool propagate, int b) -> (Tensor W, Tensor S, Tensor stats)"
@@ -194,7 +194,8 @@ def _momentum_norms_fake(M, G, scale, skip, beta, alpha, nesterov, update, propa
 # apply_update_: P <- (1 - decay) P - size (scale X), one pass; P is read and written once, X's sources are read once.
 #   P      ragged list, any float dtype, updated in place, rounded to nearest; M, G of the same shapes
 #   G      empty: X = M; otherwise (Nesterov) X = beta M + alpha G
-#   size   (N,) acc; decay (N,) float64; scale (N,) acc, powers of two: size alone would overflow for tiny X
+#   size   (N,) acc; decay (N,) float64; scale (N,) acc, powers of two: size alone would overflow for tiny X. acc: the
+#          wider of the accumulation dtypes of P and M
 #   skip   (N,) bool or None: P stays, bit for bit
 _library.define(
     "apply_update_(Tensor(a!)[] P, Tensor[] M, Tensor[] G, Tensor size, Tensor scale, Tensor decay, Tensor? skip,"
@@ -213,7 +214,7 @@ def _apply_update_fake(P, M, G, size, scale, decay, skip, beta, alpha):
 #   V      flat (b, n_j) acc. On return orthonormal rows: first A'A z of the b - fresh leading Ritz vectors z
 #          (orthonormalized in descending order), then random rows, drawn from (seed, shape, step_j). Rows that the
 #          space does not fill are random too, rows beyond n are zero. Unchanged where theta is not positive.
-#   step   (N,) int64: a draw depends on it; a matrix that has drawn twice with one step gets the same rows
+#   step   (N,) int64: a draw depends on it. Row r of a draw: numbers [r n, (r + 1) n) of random.draws at 2 + step_j
 #   -> upper (N,) float64, of A unscaled: an upper bound of sigma_max, always (up to rounding, for which it has room):
 #      sigma_max^2 <= the largest eigenvalue of [[theta, r], [r, tau]], r = ||R||_F >= ||(I - QQ')A'A Q||,
 #      tau = ||A||_F^2 - trace T >= ||A (I - QQ')||_F^2, and <= ||A||_F^2; 0 where theta is not positive
@@ -238,10 +239,12 @@ def _next_block_fake(m, n, Q, T, info, V, step, b, fresh, seed):
 #   size   (N,) float64: the spectral norm of the update; decay (N,) float64
 #   skip   (N,) bool or None: matrices to be left alone altogether
 #   upper  divide by the upper bound of next_block_ instead of the estimate
-#   reads  most reads of a matrix, the one of the momentum pass included; tol and min_reads decide, per matrix and on
-#          the device, whether a read was enough: see rayleigh_ritz_
-# P stays, bit for bit, where G or the new momentum is not finite (unless `propagate`); V stays where X is zero.
-#   -> info (N, INFO_COLUMNS), of X; upper (N,) as next_block_ gives it
+#   reads  most reads of a matrix, the one of the momentum pass included (a first read repeated at another scale comes
+#          on top); tol and min_reads decide, per matrix and on the device, whether a read was enough: rayleigh_ritz_
+# P stays, bit for bit, where G or the new momentum is not finite (unless `propagate`: then it becomes NaN); V stays
+# where X is zero or not finite. The default takes `owner` too: matrices of one parameter, which stays as a whole.
+#   -> info (N, INFO_COLUMNS), of X, flags as momentum_gram_matvec_ gives them; bound (N,) as next_block_ gives it
+#      (sigma and bound NaN or inf where such entries propagate)
 _library.define(
     "tracked_step_(Tensor(a!)[] P, Tensor(b!)[] M, Tensor[] G, Tensor(c!) V, Tensor(d!) scale, Tensor step,"
     " Tensor size, Tensor decay, Tensor? skip, float beta, float alpha, bool nesterov, bool propagate, bool upper,"

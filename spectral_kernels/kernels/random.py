@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def normals(draw: int, count: int, device: torch.device | str = "cpu") -> Tensor
 
 def draws(bases: Sequence[int], steps: Tensor, count: int) -> Tensor:
     """(k, count) float64 standard normals: row j of the draw with `base` bases[j] and step steps[j] (int64, device)."""
-    start = torch.tensor([_signed(z) for z in bases], dtype=torch.int64, device=steps.device)
+    runs = [(z, len(list(same))) for z, same in groupby(bases)]  # filled on the device: nothing comes from the host
+    start = torch.cat([torch.full((size,), _signed(z), dtype=torch.int64, device=steps.device) for z, size in runs])
     pair = torch.arange((count + 1) // 2, dtype=torch.int64, device=steps.device)
     return _normals(pair, _mix(start + steps))[:, :count]
 

@@ -27,8 +27,8 @@ def _momentum(
         if not propagate:
             new = torch.where(torch.isfinite(new), new, 0)
         stored = new.to(m.dtype)
-        if not propagate:  # a half-precision momentum may overflow by rounding
-            raw = torch.where(torch.isfinite(stored), raw, stored.to(acc))
+        raw = torch.where(torch.isfinite(stored), raw, stored.to(acc))  # a half-precision one may overflow by rounding
+        if not propagate:
             stored = torch.where(torch.isfinite(stored), stored, 0)
         if gone is not None:
             stored = torch.where(gone[:, None, None], m, stored)

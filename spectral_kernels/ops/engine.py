@@ -17,7 +17,7 @@ from ..kernels import registry
 from ..kernels.composites import start_block
 from ..kernels.composites_step import hold_back, rescale, tracked_step_
 from ..kernels.contracts import INFO, INFO_COLUMNS, NORMS, acc_dtype
-from .estimate import full_precision, oriented
+from .estimate import full_precision, oriented, tracked
 from .layout import Layout
 
 COLD_STEPS = 3  # the first steps of a parameter read as often as a cold estimate needs
@@ -135,9 +135,15 @@ def start(M: Sequence[Tensor], options: Options) -> Tensor:
         k, rows, n = m.shape
         one = start_block(rows, n, options.block, options.seed, acc_dtype(m.dtype), m.device)
         parts.append(one.expand(k, -1, -1))
-    if len({p.shape[2] for p in parts}) == 1:
-        return torch.cat(parts)
-    return torch.cat([p.reshape(-1) for p in parts])
+    return torch.cat([p.reshape(-1) for p in parts]).view(block_shape(M, options.block))
+
+
+def block_shape(M: Sequence[Tensor], b: int) -> tuple[int, ...]:
+    """The shape that `start` gives the blocks of a parameter with these momentum stacks."""
+    sides = [(m.shape[0], tracked(m)) for m in M]
+    if len({n for _, n in sides}) == 1:
+        return (sum(k for k, _ in sides), b, sides[0][1])
+    return (sum(k * b * n for k, n in sides),)
 
 
 def is_cold(state: dict[str, Any]) -> bool:
@@ -164,8 +170,15 @@ def take(entries: Sequence[Entry], options: Options) -> Outcome:
             outcome.parts.append(Part(bucket.entries, bucket.counts, tracked, *found))
         for strided, dense in copies:
             strided.copy_(dense)
-        torch._foreach_add_([entry.state["step"] for entry in entries], 1)
+        steps = [entry.state["step"] for entry in entries if not _known_skip(entry)]
+        if steps:
+            torch._foreach_add_(steps, 1)
     return outcome
+
+
+def _known_skip(entry: Entry) -> bool:
+    """A parameter left alone whose counter can stay too; on a GPU the host does not know, and the counter goes on."""
+    return entry.skip is not None and entry.skip.device.type == "cpu" and bool(entry.skip)
 
 
 def _sort(
@@ -269,7 +282,7 @@ def _tracked(
     blocks = [s["block"] for s in states]
     parts = V.split([x.numel() for x in blocks])
     torch._foreach_copy_(blocks, [part.view(x.shape) for part, x in zip(parts, blocks, strict=True)])
-    return info, bound, size, _held(info, skip, owner, len(states), options.propagate)
+    return info, bound, *_held(info, size, skip, owner, len(states), options.propagate)
 
 
 def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,18 +319,21 @@ def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tupl
     kept = (amax == 0) if skip is None else skip | (amax == 0)
     new = torch.stack((torch.where(kept, trackers[:, 0], at.double()), trackers[:, 1]), 1)
     torch._foreach_copy_([s["tracker"] for s in states], list(new.split(bucket.counts)))
-    return info, value, size, _held(info, skip, owner, len(states), options.propagate)
+    return info, value, *_held(info, size, skip, owner, len(states), options.propagate)
 
 
-def _held(info: Tensor, skip: Tensor | None, owner: Tensor | None, entries: int, propagate: bool) -> Tensor:
-    """() int64: entries with a matrix that was skipped or not finite."""
+def _held(
+    info: Tensor, size: Tensor, skip: Tensor | None, owner: Tensor | None, entries: int, propagate: bool
+) -> tuple[Tensor, Tensor]:
+    """size (N,) with 0 for what was held back, and the number of entries () int64 that were."""
     bad = (info[:, INFO["nan"]] + info[:, INFO["inf"]]) > 0
     if propagate:
-        return bad.new_zeros((), dtype=torch.int64)
+        return size, bad.new_zeros((), dtype=torch.int64)
     bad = bad if skip is None else bad | skip
-    if owner is not None:
-        bad = torch.zeros(entries, dtype=torch.int64, device=bad.device).index_add_(0, owner, bad.long()) > 0
-    return bad.sum()
+    if owner is None:
+        return torch.where(bad, 0, size), bad.sum()
+    held = torch.zeros(entries, dtype=torch.int64, device=bad.device).index_add_(0, owner, bad.long()) > 0
+    return torch.where(held[owner], 0, size), held.sum()
 
 
 def _info(norms: Tensor, bad: Tensor, at: Tensor, again: Tensor) -> Tensor:

@@ -69,7 +69,11 @@ def _retract_list(
     for i, views in members:
         mine = blocks[offset : offset + len(views)]
         offset += len(views)
-        weights[i][1]["weight_block"] = torch.cat(mine)
+        state = weights[i][1]
+        if warm:  # in place: a captured step reads what its replays wrote
+            state["weight_block"].copy_(torch.cat(mine))
+        else:
+            state["weight_block"] = torch.cat(mine)
 
 
 def _targets(weight: Tensor, layout: Layout, target: str | float) -> list[float]:

@@ -31,6 +31,7 @@ def check_options(
     retract: Any,
     nonfinite: Any,
     block: Any,
+    momentum_dtype: Any = None,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, what was given and what is allowed."""
     if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
@@ -47,6 +48,8 @@ def check_options(
         check_choice("safety", safety, SAFETY)
     check_choice("nonfinite", nonfinite, NONFINITE)
     arguments.check_int("block", block, 2, 64)
+    if momentum_dtype is not None and momentum_dtype not in arguments.FLOATS:
+        raise ValueError(f"momentum_dtype must be a float dtype, not {momentum_dtype}")
 
 
 def check_rate(name: str, value: Any) -> None:
@@ -140,7 +143,7 @@ def spectral_step_(
         raise ValueError(f"{len(weights)} weights, {len(grads)} gradients and {len(states)} states do not match")
     check_options(
         momentum=momentum, direction=direction, rule=rule, safety=safety, retract=retract, nonfinite=nonfinite,
-        block=block,
+        block=block, momentum_dtype=momentum_dtype,
     )  # fmt: skip
     check_rate("lr", lr)
     check_rate("weight_decay", weight_decay)

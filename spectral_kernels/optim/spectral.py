@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..kernels.contracts import INFO
 from ..ops import arguments
-from ..ops.engine import Entry, Options, Outcome, is_tracked, prepare, start, take
+from ..ops.engine import Entry, Options, Outcome, block_shape, is_tracked, prepare, start, take
 from ..ops.layout import Layout, kind_of
 from ..ops.retract import retract_
 from ..ops.step import check_gradient, check_options, check_rate, guard
@@ -70,8 +70,6 @@ class SpectralOptimizer(Optimizer):
         seed: int = 0,
     ) -> None:
         arguments.check_seed(seed)
-        if momentum_dtype is not None and momentum_dtype not in arguments.FLOATS:
-            raise ValueError(f"momentum_dtype must be a float dtype, not {momentum_dtype}")
         self.momentum_dtype = momentum_dtype
         self.error_if_nonfinite = error_if_nonfinite
         self._described = params.description if isinstance(params, ParamGroups) else None
@@ -84,7 +82,7 @@ class SpectralOptimizer(Optimizer):
             "nonfinite": nonfinite, "maximize": maximize, "seed": seed, "kind": None, "transposed": False,
             "groups": 1, "num_heads": None, "split_sizes": None,
         }  # fmt: skip
-        _check(defaults)
+        _check(defaults, momentum_dtype)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -153,8 +151,8 @@ class SpectralOptimizer(Optimizer):
             outcome.names.extend(entry.param for entry in entries)
             self._last.append(outcome)
             for part in outcome.parts:
-                held = self._skipped.get(part.held.device)
-                self._skipped[part.held.device] = part.held if held is None else held + part.held
+                device = part.held.device  # added in place: a captured step counts with every replay
+                self._skipped.setdefault(device, torch.zeros_like(part.held)).add_(part.held)
         for seed in {r[4] for r in retracted}:
             retract_([r[:4] for r in retracted if r[4] == seed], seed)
 
@@ -167,11 +165,11 @@ class SpectralOptimizer(Optimizer):
         M = entry.layout.buffer_stacks(entry.layout.buffer_dense(entry.state["momentum_buffer"]))
         if not is_tracked(entry.layout, M, options.direction):
             return
-        shape = start([m.to("meta") for m in M], options).shape
-        if block.shape != shape:
+        shape = block_shape(M, options.block)
+        if tuple(block.shape) != shape:
             warnings.warn(
                 f"the block of a parameter of shape {tuple(entry.param.shape)} is {tuple(block.shape)}, now it must be "
-                f"{tuple(shape)}: it is started anew",
+                f"{shape}: it is started anew",
                 UserWarning,
                 stacklevel=4,
             )
@@ -226,7 +224,7 @@ class SpectralOptimizer(Optimizer):
         counts = list(self._skipped.values())
         if not counts:
             return torch.zeros((), dtype=torch.int64)
-        return torch.stack([c.to(counts[0].device) for c in counts]).sum() if len(counts) > 1 else counts[0]
+        return torch.stack([c.to(counts[0].device) for c in counts]).sum()
 
     def last_step(self) -> Iterator[tuple[Tensor, StepInfo]]:
         """(parameter, StepInfo) of every parameter that the last step moved; nothing is sent to the host."""
@@ -279,9 +277,9 @@ class SpectralOptimizer(Optimizer):
         return new
 
 
-def _check(group: dict[str, Any]) -> None:
+def _check(group: dict[str, Any], momentum_dtype: torch.dtype | None = None) -> None:
     names = ("momentum", "direction", "rule", "safety", "retract", "nonfinite", "block")
-    check_options(**{name: group[name] for name in names})
+    check_options(**{name: group[name] for name in names}, momentum_dtype=momentum_dtype)
     check_rate("lr", group["lr"])
     check_rate("weight_decay", group["weight_decay"])
 
