@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spectral_kernels as sk
-from spectral_kernels.kernels import composites, reference, registry
+from spectral_kernels.kernels import composites, composites_step, reference, reference_step, registry
 from spectral_kernels.ops.estimate import oriented
 from tests.kernels.lists import DTYPES, kernel
 
@@ -25,8 +25,14 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_every_word_has_a_reference_or_a_default():
     rows = registry.table()
     assert set(rows) == {*registry.WORDS, *registry.SHORT_CUTS}
-    for word in ("gram_matvec", "rayleigh_ritz_"):
-        assert rows[word]["reference"].fn is getattr(reference, word)
+    served_by = dict.fromkeys(("gram_matvec", "rayleigh_ritz_"), reference) | dict.fromkeys(
+        ("momentum_gram_matvec_", "momentum_norms_", "apply_update_", "next_block_"), reference_step
+    )
+    for word, module in served_by.items():
+        assert rows[word]["reference"].fn is getattr(module, word)
+    assert set(registry.WORDS) == {*served_by, *registry.COMPOSITES}
+    for word, (default, reader) in registry.COMPOSITES.items():
+        assert callable(default) and reader in served_by and "reference" not in rows[word]
     for word, row in rows.items():
         for backend, entry in row.items():
             assert (entry.word, entry.backend) == (word, backend)
@@ -64,6 +70,11 @@ def test_the_default_composite_runs_over_the_words_of_its_backend():
         assert choice.backend == "reference" and choice.fn.func is composites.block_krylov
         words = choice.fn.args[0]
         assert words.gram_matvec is reference.gram_matvec and words.rayleigh_ritz_ is reference.rayleigh_ritz_
+        step = registry.choose("tracked_step_", "cpu", torch.bfloat16, 8)
+        assert step.backend == "reference" and step.fn.func is composites_step.tracked_step_
+        for word in ("momentum_gram_matvec_", "momentum_norms_", "apply_update_", "next_block_"):
+            assert getattr(step.fn.args[0], word) is getattr(reference_step, word)
+        assert step.fn.args[0].gram_matvec is reference.gram_matvec
         with pytest.raises(AttributeError):
             words.orthogonalize  # noqa: B018
 
