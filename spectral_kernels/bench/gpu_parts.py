@@ -82,6 +82,8 @@ class RunOnCuda:
             graph.replay()
             return result
 
+        replay.inputs = call  # type: ignore[attr-defined]  # the graph reads their memory: keep it
+
         return replay
 
     def peak_extra_bytes(self, call: Call) -> int | None:

@@ -81,7 +81,7 @@ def check(A: list[Tensor], b: int = 4, skip: Tensor | None = None) -> tuple[Tens
 
 def test_the_kernels_run_here() -> None:
     expected = "JITFunction" if DEVICE == "cuda" else "InterpretedFunction"
-    assert type(one_read.read_kernel).__name__ == expected, (
+    assert type(one_read.rows_kernel).__name__ == expected, (
         "Triton was imported before these tests chose the interpreter"
     )
 
@@ -93,21 +93,25 @@ def test_the_kernels_run_here() -> None:
         (700, 48, "rows", torch.bfloat16, 4),
         (700, 48, "columns", torch.float16, 3),
         (48, 700, "rows", torch.float32, 1),
-        (48, 700, "columns", torch.bfloat16, 4),
+        (16, 300, "columns", torch.bfloat16, 4),
         (129, 128, "padded", torch.float32, 4),
         (70, 129, "sliced", torch.float16, 2),
         (33, 1028, "rows", torch.float16, 4),
         (3, 4096, "rows", torch.bfloat16, 2),
         (40, 4100, "rows", torch.float32, 4),
-        (40, 512, "columns", torch.float32, 4),
-        (36, 516, "columns", torch.float32, 1),
+        (24, 140, "columns", torch.float32, 8),
+        (20, 132, "columns", torch.float32, 1),
+        (70, 300, "rows", torch.bfloat16, 16),
+        (9, 700, "rows", torch.float32, 5),
+        (600, 9, "columns", torch.bfloat16, 6),
+        (6, 4100, "rows", torch.float16, 12),
         (31, 17, "sliced", torch.bfloat16, 3),
         (37, 101, "columns", torch.float32, 4),
-        (20, 1030, "broadcast", torch.float32, 4),
+        (20, 70, "broadcast", torch.float32, 4),
         (1, 9, "rows", torch.float32, 4),
         (9, 1, "rows", torch.float16, 4),
         (1, 1, "columns", torch.float32, 1),
-        (20000, 4, "rows", torch.float32, 4) if DEVICE == "cuda" else (4000, 4, "rows", torch.float32, 4),
+        (20000, 4, "rows", torch.float32, 4) if DEVICE == "cuda" else (2000, 4, "rows", torch.float32, 4),
     ],
 )
 def test_one_matrix(m: int, n: int, layout: str, dtype: torch.dtype, b: int) -> None:
@@ -170,11 +174,12 @@ def test_nothing_is_written_where_it_was_not_asked_for() -> None:
     V, scale = inputs(A, 4)
     W, S, stats, Y = backend.gram_matvec(A, V, scale, None, 4, False, False)
     full = backend.gram_matvec(A, V, scale, None, 4, True, True)
-    assert torch.equal(W, full[0]) and torch.equal(S, full[1])
+    for ours, theirs in ((W, full[0]), (S, full[1])):  # statistics take registers, hence other tiles and roundings
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
     assert not stats.any() and Y.numel() == 0
 
 
-@pytest.mark.parametrize(("m", "n", "layout"), [(40, 20, "rows"), (40, 20, "columns"), (33, 300, "sliced")])
+@pytest.mark.parametrize(("m", "n", "layout"), [(40, 20, "rows"), (40, 20, "columns"), (33, 140, "sliced")])
 def test_nan_and_inf_are_flagged_per_matrix(m: int, n: int, layout: str) -> None:
     A = [make(m, n, layout, k=4)]
     V, scale = inputs(A, 4)
@@ -217,16 +222,24 @@ def test_a_list_seen_before_sends_nothing() -> None:
             backend.gram_matvec([make(3, 2, "rows")], V[:8], scale[:1], None, 4, False, False)
 
 
-def test_kinds_depend_on_layout_and_width() -> None:
+def test_forms_and_launches_depend_on_layout_and_width() -> None:
     """Wide loads only where every address that a thread computes is a multiple of their size."""
-    assert one_read._form(64, 100, 48, 48, 1, 4) == one_read.ROW
-    assert one_read._form(68, 100, 48, 48, 1, 4) == one_read.STRIDED
-    assert one_read._form(64, 100, 47, 48, 1, 4) == one_read.STRIDED
-    assert one_read._form(64, 100, 48, 47, 1, 4) == one_read.STRIDED
-    assert one_read._form(64, 100, 47, 1, 100, 4) == one_read.COLUMN
-    assert one_read._form(64, 100, 47, 2, 100, 4) == one_read.STRIDED
-    kinds = {one_read._chunks(4096, n, form)[0] for form in range(3) for n in (1, 128, 1024, 4096, 4097, 512)}
-    assert kinds == set(range(9))
+    assert one_read._form(64, 48, 48, 1, 4) == one_read.ALIGNED
+    assert one_read._form(68, 48, 48, 1, 4) == one_read.UNIT
+    assert one_read._form(64, 47, 48, 1, 4) == one_read.UNIT
+    assert one_read._form(64, 48, 47, 1, 4) == one_read.UNIT
+    assert one_read._form(64, 48, 48, 2, 4) == one_read.STRIDED
+
+    def launched(a: Tensor, b: int = 4) -> list[str]:
+        return [launch.kernel for launch in one_read._describe([a], b)[1].launches]
+
+    assert launched(torch.empty(1, 8, 4096)) == ["rows", "finish"]
+    assert launched(torch.empty(1, 8, 4096), 5) == ["rows", "square", "finish"]
+    assert launched(torch.empty(1, 8, 4097)) == ["long dots", "long sums", "square", "finish"]
+    assert launched(torch.empty(1, 9, 8).mT) == ["column sums", "add", "column dots", "square", "finish"]
+    assert launched(torch.empty(1, 0, 8)) == launched(torch.empty(1, 8, 0)) == ["finish"]
+    widths = {one_read._describe([torch.empty(1, 3, c.width)], 4)[1].launches[0].config for c in one_read.ROWS}
+    assert widths == set(range(len(one_read.ROWS)))
 
 
 def test_supports_says_no_in_words() -> None:
@@ -234,7 +247,7 @@ def test_supports_says_no_in_words() -> None:
         assert backend.supports("gram_matvec", "cpu", torch.float32, 4) is None
         assert "interpreter" in (backend.supports("gram_matvec", "cuda", torch.float32, 4) or "")
         assert "float64" in (backend.supports("gram_matvec", "cpu", torch.float64, 4) or "")
-        assert "5" in (backend.supports("gram_matvec", "cpu", torch.float32, 5) or "")
+        assert "17" in (backend.supports("gram_matvec", "cpu", torch.float32, 17) or "")
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
         assert "TRITON_INTERPRET" in (backend.supports("gram_matvec", "cpu", torch.float32, 4) or "")
         assert backend.supports("rayleigh_ritz_", "cuda", torch.bfloat16, 4) is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_kernels.kernels import reference
-from spectral_kernels.kernels.composites import start_blocks
+from spectral_kernels.kernels.composites import start_block, start_blocks
 from spectral_kernels.kernels.contracts import INFO, INFO_COLUMNS, counts, sides
 
 if importlib.util.find_spec("triton") is None:
@@ -255,3 +255,15 @@ def test_an_empty_list_and_matrices_without_columns() -> None:
     run.read()
     ours = run.step(backend.rayleigh_ritz_)
     assert ours[3][0, INFO["done"]] == 1 and ours[3][0, INFO["sigma"]] == 0 and ours[3][1, INFO["sigma"]] > 0
+
+
+def test_start_blocks_are_drawn_once_and_never_shared() -> None:
+    A = [torch.randn(2, 30, 20, device=DEVICE), torch.randn(1, 9, 7, device=DEVICE)]
+    first = start_blocks(A, 4, 123)
+    expected = [start_block(m, n, 4, 123, torch.float32, A[0].device).reshape(-1) for m, n in ((30, 20), (9, 7))]
+    assert torch.equal(first, torch.cat([expected[0], expected[0], expected[1]]))
+    with mock.patch("spectral_kernels.kernels.composites.start_block", side_effect=AssertionError("drawn again")):
+        first.zero_()  # what a caller does to his copy stays his
+        assert torch.equal(start_blocks(A, 4, 123)[:80], expected[0])
+        with pytest.raises(AssertionError, match="drawn again"):
+            start_blocks(A, 4, 124)

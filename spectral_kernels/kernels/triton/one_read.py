@@ -1,323 +1,243 @@
-"""W = A'(A V) of a ragged list: one launch reads every matrix once, one more adds partial sums in order.
+"""W = A'(A V) of a ragged list, S = Y'Y and statistics, from one read of every matrix where rows are short enough.
 
-    Y = scale A V            (m, b)    from a tile of rows, in registers
-    W = sum over chunks of (scale A_chunk)' Y_chunk          from the same registers
-    S = Y'Y in float64       from the Y just written
-    ||scale A||_F^2,  max |A|,  NaN and inf flags            from the same tiles
+    rows    Y and partial sums of W from the same registers: K <= 4096 entries a row, step 1 (or any step, slowly)
+    long    longer rows: Y, then W, in two passes
+    column  stored column by column (a transposed matrix): the same two passes, W from the second
 
-A work item of the first launch is a chunk of consecutive rows of one matrix. Chunks and tiles depend on shape, strides
-and alignment alone, partial sums are added in a fixed order and nothing is atomic: a matrix gives the same bits alone
-and in any list.
+A work item is a chunk of rows of one matrix. Chunks and tiles depend on shape, strides and alignment alone, partial
+sums are added in a fixed order and nothing is atomic: a matrix gives the same bits alone and in any list. One launch
+serves all matrices of a configuration, so a list takes two launches and one more per further configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..contracts import counts
-from .ragged import Table, on, table
-
-ROW, COLUMN, STRIDED = 0, 1, 2  # inner stride 1 on n, aligned for wide loads | the same on m | anything else
-FIELDS = tl.constexpr(12)  # int64 numbers per matrix in the table, see `_describe`
-RECORD = tl.constexpr(32)  # float64 numbers a chunk reports: S (4, 4), then ||.||_F^2, max |.|, the rest unused
-
-
-@triton.jit
-def _tile(base, r, c, stop, n, sm, sn, FORM: tl.constexpr):
-    """Rows r (ROWS, 1, 1) and columns c (1, 1, COLS), zeros beyond. A stride known to be 1 is left out: wide loads."""
-    keep = (r < stop) & (c < n)
-    if FORM == 0:
-        return tl.load(base + r.to(tl.int64) * sm + c, mask=keep, other=0.0).to(tl.float32)
-    elif FORM == 1:
-        return tl.load(base + r + c.to(tl.int64) * sn, mask=keep, other=0.0).to(tl.float32)
-    else:
-        return tl.load(base + r.to(tl.int64) * sm + c.to(tl.int64) * sn, mask=keep, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _statistics(x, scaled, squares, largest):
-    """Add a tile to the squares (float64) and the largest |entry| of its rows. Only a NaN makes the squares NaN."""
-    squares += tl.sum(scaled * scaled, axis=2).to(tl.float64)
-    size = tl.abs(x)
-    return squares, tl.maximum(largest, tl.max(tl.where(size == size, size, 0.0), axis=2))
-
-
-@triton.jit
-def _chunk(
-    mine, scale, v, w, y, record, b, chunk,
-    ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, FORM: tl.constexpr, LONG: tl.constexpr,
-    VECTOR: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Y, the partial W and the statistics of a chunk of rows: tiles (ROWS, 1, COLS) against blocks (1, 4, COLS)."""
-    base = tl.load(mine).to(tl.pointer_type(ELEMENT))
-    m = tl.load(mine + 1).to(tl.int32)
-    n = tl.load(mine + 2).to(tl.int32)
-    sm = tl.load(mine + 3)
-    sn = tl.load(mine + 4)
-    first = chunk * tl.load(mine + 6).to(tl.int32)
-    stop = tl.minimum(first + tl.load(mine + 6).to(tl.int32), m)
-    if FORM != 2:  # what `_form` checked on the host
-        base = tl.multiple_of(base, 16)
-    if FORM == 0:
-        n = tl.multiple_of(n, VECTOR)
-        sm = tl.multiple_of(sm, VECTOR)
-    if FORM == 1:
-        first = tl.multiple_of(first, VECTOR)
-        stop = tl.multiple_of(stop, VECTOR)
-        sn = tl.multiple_of(sn, VECTOR)
-    i = tl.arange(0, 4)[None, :, None]
-    squares = tl.zeros((ROWS, 1), tl.float64)
-    largest = tl.zeros((ROWS, 1), tl.float32)
-    if LONG:  # one panel of rows: Y over all columns, then W from a second load of the panel, which L2 may serve
-        r = first + tl.arange(0, ROWS)[:, None, None]
-        Y = tl.zeros((ROWS, 4, 1), tl.float32)
-        for start in tl.range(0, n, COLS, num_stages=STAGES):
-            c = start + tl.arange(0, COLS)[None, None, :]
-            x = _tile(base, r, c, stop, n, sm, sn, FORM)
-            V = tl.load(v + i * n + c, mask=(i < b) & (c < n), other=0.0)  # (1, 4, COLS)
-            scaled = x * scale
-            if STATS:
-                squares, largest = _statistics(x, scaled, squares, largest)
-            Y += tl.sum(scaled * V, axis=2, keep_dims=True)
-        tl.store(y + i * m + r, Y, mask=(i < b) & (r < stop))
-        for start in tl.range(0, n, COLS, num_stages=STAGES):
-            c = start + tl.arange(0, COLS)[None, None, :]
-            scaled = _tile(base, r, c, stop, n, sm, sn, FORM) * scale
-            W = tl.sum(scaled * Y, axis=0, keep_dims=True)
-            tl.store(w + i * n + c, W, mask=(i < b) & (c < n))
-    else:  # full rows: V and the partial W stay in registers
-        c = tl.arange(0, COLS)[None, None, :]
-        V = tl.load(v + i * n + c, mask=(i < b) & (c < n), other=0.0)
-        W = tl.zeros((1, 4, COLS), tl.float32)
-        for start in tl.range(first, stop, ROWS, num_stages=STAGES):
-            r = start + tl.arange(0, ROWS)[:, None, None]
-            x = _tile(base, r, c, stop, n, sm, sn, FORM)
-            scaled = x * scale
-            if STATS:
-                squares, largest = _statistics(x, scaled, squares, largest)
-            Y = tl.sum(scaled * V, axis=2, keep_dims=True)  # (ROWS, 4, 1)
-            W += tl.sum(scaled * Y, axis=0, keep_dims=True)
-            tl.store(y + i * m + r, Y, mask=(i < b) & (r < stop))
-        tl.store(w + i * n + c, W, mask=(i < b) & (c < n))
-    if STATS:
-        tl.store(record + 16, tl.sum(tl.sum(squares, axis=1), axis=0))
-        tl.store(record + 17, tl.max(tl.max(largest, axis=1), axis=0).to(tl.float64))
-
-
-@triton.jit(do_not_specialize=["table", "V", "scale", "skip", "partial", "records", "Y", "items", "b", "has_skip"])
-def read_kernel(
-    table, V, scale, skip, partial, records, Y, items, b, has_skip,
-    ELEMENT: tl.constexpr, VECTOR: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program: one chunk of one matrix. `items`: where the work items start in the table."""
-    item = tl.load(table + items + tl.program_id(0))
-    j = item >> 32
-    chunk = (item & 0xFFFFFFFF).to(tl.int32)
-    read = 1
-    if has_skip != 0:
-        read = 1 - tl.load(skip + j).to(tl.int32)
-    if read != 0:
-        mine = table + j * FIELDS
-        kind = tl.load(mine + 5)
-        f = tl.load(scale + j)
-        v = V + tl.load(mine + 8)
-        y = Y + tl.load(mine + 9)
-        w = partial + tl.load(mine + 10) + chunk.to(tl.int64) * b * tl.load(mine + 2)
-        record = records + (tl.load(mine + 11) + chunk) * RECORD
-        if kind == 0:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 128, 0, False, VECTOR, STATS, STAGES)
-        elif kind == 1:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 4, 1024, 0, False, VECTOR, STATS, STAGES)
-        elif kind == 2:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 1, 4096, 0, False, VECTOR, STATS, STAGES)
-        elif kind == 3:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 0, True, VECTOR, STATS, STAGES)
-        elif kind == 4:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 16, 128, 1, False, VECTOR, STATS, STAGES)
-        elif kind == 5:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 8, 512, 1, False, VECTOR, STATS, STAGES)
-        elif kind == 6:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 1, True, VECTOR, STATS, STAGES)
-        elif kind == 7:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 8, 128, 2, False, VECTOR, STATS, 1)
-        else:
-            _chunk(mine, f, v, w, y, record, b, chunk, ELEMENT, 32, 64, 2, True, VECTOR, STATS, 1)
-        tl.debug_barrier()  # S comes from the Y that all threads of this program have written
-        m = tl.load(mine + 1).to(tl.int32)
-        first = chunk * tl.load(mine + 6).to(tl.int32)
-        stop = tl.minimum(first + tl.load(mine + 6).to(tl.int32), m)
-        left = tl.arange(0, 4)[None, :, None]
-        right = tl.arange(0, 4)[None, None, :]
-        S = tl.zeros((1, 4, 4), tl.float64)
-        for start in range(first, stop, 128):
-            r = start + tl.arange(0, 128)[:, None, None]
-            one = tl.load(y + left * m + r, mask=(left < b) & (r < stop), other=0.0).to(tl.float64)
-            two = tl.load(y + right * m + r, mask=(right < b) & (r < stop), other=0.0).to(tl.float64)
-            S += tl.sum(one * two, axis=0, keep_dims=True)
-        tl.store(record + left * 4 + right, S)
-
-
-@triton.jit(do_not_specialize=[
-    "table", "skip", "partial", "records", "W", "S", "stats", "items", "b", "has_skip", "with_stats",
-])  # fmt: skip
-def add_kernel(
-    table, skip, partial, records, W, S, stats, items, b, has_skip, with_stats,
-    CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Add the partial sums of a matrix's chunks, in order: a block of W; with block 0 also S and the statistics."""
-    item = tl.load(table + items + tl.program_id(0))
-    j = item >> 32
-    block = (item & 0xFFFFFFFF).to(tl.int32)
-    mine = table + j * FIELDS
-    size = tl.load(mine + 2) * b
-    chunks = tl.load(mine + 7).to(tl.int32)
-    if has_skip != 0:
-        if tl.load(skip + j).to(tl.int32) != 0:
-            chunks = 0
-    here = partial + tl.load(mine + 10)
-    at = block.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    total = tl.zeros((CHUNKS, WIDTH), tl.float32)
-    for start in range(0, chunks, CHUNKS):
-        k = start + tl.arange(0, CHUNKS)[:, None]
-        total += tl.load(here + k.to(tl.int64) * size + at, mask=(k < chunks) & (at < size), other=0.0)
-    tl.store(W + tl.load(mine + 8) + at, tl.sum(total, axis=0)[None, :], mask=at < size)
-    if block == 0:
-        record = records + tl.load(mine + 11) * RECORD
-        used = 16 + 2 * with_stats
-        c = tl.arange(0, 32)[None, :]
-        sums = tl.zeros((CHUNKS, 32), tl.float64)
-        largest = tl.zeros((CHUNKS, 32), tl.float64)
-        for start in range(0, chunks, CHUNKS):
-            k = start + tl.arange(0, CHUNKS)[:, None]
-            x = tl.load(record + k.to(tl.int64) * RECORD + c, mask=(k < chunks) & (c < used), other=0.0)
-            sums += x
-            largest = tl.maximum(largest, tl.where(c == 17, x, 0.0))
-        c = tl.arange(0, 32)
-        sums = tl.sum(sums, axis=0)
-        tl.store(S + j * b * b + (c // 4) * b + c % 4, sums, mask=(c < 16) & (c // 4 < b) & (c % 4 < b))
-        frob2 = tl.sum(tl.where(c == 16, sums, 0.0), axis=0)
-        amax = tl.max(tl.max(largest, axis=1), axis=0)
-        tl.store(stats + 4 * j, frob2)
-        tl.store(stats + 4 * j + 1, amax)
-        tl.store(stats + 4 * j + 2, (frob2 != frob2).to(tl.float64))
-        tl.store(stats + 4 * j + 3, (amax == float("inf")).to(tl.float64))
-
-
-# Configurations. One launch has one number of warps, so one serves all kinds; nothing here has been timed on a GPU yet.
-#   16 warps: the 4 x 4096 numbers of V and of W are 32 registers each of the 128 that a thread of 512 can have (AMD: 8
-#     warps of 64). Tiles hold up to 4096 entries, 8 a thread; 4 stages keep three tiles in flight through shared memory
-#     (48 KB in float32; AMD: 2 stages for 64 KB of LDS). Narrower tiles for some kinds keep the whole free of spills.
-#   kind 0-3: inner stride 1 on n.  kind 4-6: inner stride 1 on m, 8 to 32 consecutive rows a load.  kind 7-8: other.
-#   4096 columns are the widest row that one read serves; beyond (beyond 512 for kind 4-6, 128 for other) a panel of 32
-#     rows is loaded twice, and whether L2 serves the second load depends on the number of panels in flight.
-KINDS = {ROW: ((128, 32), (1024, 4), (4096, 1)), COLUMN: ((128, 16), (512, 8)), STRIDED: ((128, 8),)}
-FIRST_KIND = {ROW: 0, COLUMN: 4, STRIDED: 7}
-PANEL = 32  # rows of a long chunk
-VECTOR = 4  # entries a load: 16 bytes of float32, 8 bytes of the half types (16 would double the registers of V and W)
-ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-BLOCK_LIMIT = 4  # columns of V: the block is padded to 4 in registers
-
+from .ragged import on, table
+from .reads import add_kernel, dots_kernel, finish_kernel, rows_kernel, square_kernel, sums_kernel
 
 HIP = torch.version.hip is not None
+ALIGNED, UNIT, STRIDED = 0, 1, 2  # FORM of reads.py
+ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+BLOCK_LIMIT = 16  # columns of V, four a program
+GROUP = 4
+V_AT, Y_AT, M_AT, N_AT = 7, 8, 14, 15  # fields of the table
 
 
-def read_options(hip: bool = HIP) -> dict[str, int]:
-    """How `read_kernel` is compiled: STAGES is a constant of the kernel, the rest are the compiler's options."""
-    return {"STAGES": 2 if hip else 4, "num_warps": 8 if hip else 16, "enable_fp_fusion": True}
+class Rows(NamedTuple):
+    """Rows of at most `width` entries: warps of a program, tiles of `cols` entries, and how a matrix is cut."""
+
+    width: int
+    warps: int
+    cols: int
+    tiles: int
+    chunks: int  # what an H100 runs at once: more chunks only load V again
+    least: int  # fewest rows of a chunk of 4-byte entries, twice as many of 2 bytes: partial sums of W stay small
 
 
-ADD_OPTIONS = {"CHUNKS": 16, "WIDTH": 256, "num_warps": 4, "enable_fp_fusion": True}  # 16 partial sums side by side
+# V and W take 8 * width / (32 warps) registers of a thread, at most 128: with more warps a row has more partial sums to
+# bring together (5 shuffles a warp, column and row), with fewer V and W do not fit. The pass alone on 128 MB, H100, of
+# the copy's bandwidth: fp32 85 % at 256 columns, 84 at 768, 88 at 1024 and 2048, 78 at 4096; bf16, bound by
+# instructions, 73, 70, 77, 75, 66 %. Tensor cores (three bf16 parts of V side by side, 16 rows a tile) reached 81 % at
+# 256 but 41 to 54 % at 768 to 2048: 14 barriers a tile, and V fills the shared memory.
+ROWS = (
+    Rows(32, 1, 32, 1, 2112, 32),
+    Rows(128, 1, 128, 1, 1584, 32),
+    Rows(256, 1, 128, 2, 1056, 32),
+    Rows(384, 1, 128, 3, 1056, 32),
+    Rows(512, 1, 128, 4, 1056, 32),
+    Rows(768, 2, 256, 3, 528, 32),
+    Rows(1024, 2, 256, 4, 528, 32),
+    Rows(1536, 4, 512, 3, 264, 64),
+    Rows(2048, 4, 512, 4, 264, 64),  # 24 of 2048 x 2048: 81 % with 64 rows, 68 % with 32
+    Rows(3072, 8, 1024, 3, 132, 32),
+    Rows(4096, 8, 1024, 4, 132, 32),
+)
+SUM_ROWS = 32  # rows of a chunk of `sums_kernel`, by the same rule
+MOST_ROWS = 1024
+DOT_ROWS = 4  # rows of a program of `dots_kernel`
+SUM_COLS = 512  # columns of a program of `sums_kernel`
+PIECE = 2048  # rows of a program of `square_kernel`
+WIDTH = 32  # numbers of a program of `add_kernel` and `finish_kernel`: a lone matrix has few of them, and many chunks
 
 
-def _form(address: int, m: int, n: int, sm: int, sn: int, itemsize: int) -> int:
-    if address % 16 == 0 and sn == 1 and n % VECTOR == 0 and sm % VECTOR == 0:
-        return ROW
-    if address % 16 == 0 and sm == 1 and m % VECTOR == 0 and sn % VECTOR == 0:
-        return COLUMN
-    return STRIDED
+def _warps(warps: int, hip: bool) -> int:
+    return max(1, warps // 2) if hip else warps  # AMD: 64 lanes each
 
 
-def _chunks(m: int, n: int, form: int) -> tuple[int, int]:
-    """(kind, rows of a chunk), from the shape and the form alone.
+def rows_options(config: Rows, itemsize: int, stats: bool, form: int = ALIGNED, hip: bool = HIP) -> dict[str, int]:
+    """How `rows_kernel` is compiled. Rows of a tile share a reduction; statistics and strides need their registers."""
+    rows = 8 if config.tiles * config.cols <= 128 else 2 if stats or (config.tiles == 4 and itemsize == 4) else 4
+    if stats and config.tiles in (1, 4):
+        rows = 4 if config.tiles == 1 else 1
+    if form == STRIDED and config.tiles > 1:
+        rows = 1
+    return {
+        "TILES": config.tiles,
+        "COLS": config.cols,
+        "ROWS": rows,
+        "STAGES": 2 if hip else 3,
+        "num_warps": _warps(config.warps, hip),
+        "enable_fp_fusion": True,
+    }
 
-    About 256 chunks a matrix fill a GPU; at least 32 rows each keep the partial sums (4 n float32) at 1/8 of a matrix
-    or less, at most 2048 rows each keep a serial sum short.
-    """
-    rows = min(max(32, -(-m // 256)), 2048)
-    for place, (width, tile) in enumerate(KINDS[form]):
-        if n <= width:
-            unit = max(tile, VECTOR)
-            return FIRST_KIND[form] + place, -(-rows // unit) * unit
-    return FIRST_KIND[form] + len(KINDS[form]), PANEL
+
+def dots_options(hip: bool = HIP) -> dict[str, int]:
+    stages = 2 if hip else 3
+    return {"COLS": 512, "ROWS": DOT_ROWS, "STAGES": stages, "num_warps": _warps(4, hip), "enable_fp_fusion": True}
 
 
-def _describe(A: Sequence[Tensor], b: int) -> tuple[list[int], tuple[int, ...]]:
-    """The table: FIELDS numbers per matrix, then the items of `read_kernel`, then those of `add_kernel`."""
+def sums_options(hip: bool = HIP) -> dict[str, int]:
+    stages = 2 if hip else 4
+    return {"COLS": SUM_COLS, "ROWS": 4, "STAGES": stages, "num_warps": _warps(4, hip), "enable_fp_fusion": True}
+
+
+ADD_OPTIONS = {"CHUNKS": 128, "WIDTH": WIDTH, "num_warps": 4, "enable_fp_fusion": True}  # 128 partial sums side by side
+SQUARE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def _form(address: int, entries: int, ld: int, step: int, itemsize: int) -> int:
+    if step != 1 and entries > 1:
+        return STRIDED
+    return ALIGNED if address % 16 == 0 and entries % 4 == 0 and ld % 4 == 0 else UNIT
+
+
+class Launch(NamedTuple):
+    """Programs of one configuration: kernel, place among ROWS, form, first item in the table and their number."""
+
+    kernel: str
+    config: int
+    form: int
+    start: int
+    items: int
+
+
+class Plan(NamedTuple):
+    """What the launcher needs of a table: its launches in order, and the sizes of the scratch tensors."""
+
+    launches: tuple[Launch, ...]
+    y: int
+    partial: int
+    records: int
+    squares: int
+    hollow: bool
+
+
+# kernel -> its place in the order of launches: a later one reads what an earlier one wrote
+ORDER = ("rows", "long dots", "column sums", "add", "column dots", "long sums", "square", "finish")
+
+
+def _describe(A: Sequence[Tensor], b: int) -> tuple[list[int], Plan]:
+    """The table: the fields of every matrix, then the items of every launch."""
     fields: list[int] = []
-    reads: list[tuple[int, int, int]] = []  # (entries of a chunk, matrix, chunks)
-    adds: list[int] = []
-    v = y = partial = records = j = 0
-    hollow = int(any(a.shape[2] == 0 for a in A))
+    work: dict[tuple[str, int, int], list[tuple[int, int, int]]] = {}  # launch -> (entries of an item, matrix, items)
+
+    def add(kernel: str, config: int, form: int, entries: int, items: int) -> None:
+        work.setdefault((kernel, config, form), []).append((entries, j, items))
+
+    v = y = partial = record = square = j = 0
     for a in A:
         k, m, n = a.shape
-        size = a.element_size()
+        size, sm, sn = a.element_size(), a.stride(1), a.stride(2)
+        column = sm == 1 and sn != 1 and m > 1
+        rows, entries, ld, step = (n, m, sn, sm) if column else (m, n, sm, sn)
+        config = next((place for place, c in enumerate(ROWS) if n <= c.width), -1)
+        kind = "column" if column else "rows" if config >= 0 else "long"
+        part = (ROWS[config].least if kind == "rows" else SUM_ROWS) * (2 if size == 2 else 1)
+        if kind == "rows":
+            full = -(-rows // ROWS[config].chunks)
+            part = min(max(part, -(-full // 8) * 8), MOST_ROWS)
+        chunks = -(-rows // part) if m * n else 0
+        blocks, dots = -(-entries // SUM_COLS), -(-rows // DOT_ROWS) if m * n else 0
+        records = {"rows": chunks, "long": dots, "column": chunks * blocks}[kind]  # programs of the first pass
+        inside = kind == "rows" and b <= GROUP  # S from the programs that compute Y
+        pieces = chunks if inside else -(-m // PIECE) if m * n else 0
         for i in range(k):
             address = a.data_ptr() + i * a.stride(0) * size
-            form = _form(address, m, n, a.stride(1), a.stride(2), size)
-            kind, rows = _chunks(m, n, form)
-            chunks = -(-m // rows) if n else 0
-            fields += (address, m, n, a.stride(1), a.stride(2), kind, rows, chunks, v, y, partial, records)
-            reads.append((rows * n, j, chunks))
-            adds += (j << 32 | block for block in range(max(1, -(-b * n // ADD_OPTIONS["WIDTH"]))))
-            v += b * n
-            y += b * m
-            partial += chunks * b * n
-            records += chunks
-            j += 1
-    reads.sort(key=lambda read: -read[0])  # the long chunks first: none starts last and alone
-    items = [j << 32 | chunk for _, j, chunks in reads for chunk in range(chunks)]
-    return fields + items + adds, (len(fields), len(items), len(adds), y, partial, records, hollow)
-
-
-def _table(A: Sequence[Tensor], b: int, device: torch.device) -> Table:
-    key = ("gram_matvec", b, A[0].dtype, tuple((a.data_ptr(), a.shape, a.stride()) for a in A))
-    return table(key, device, lambda: _describe(A, b))
+            form = _form(address, entries, ld, step, size)
+            fields += (address, rows, entries, ld, step, part, chunks, v, y, partial, record, records)
+            fields += (square, pieces, m, n)
+            if kind == "rows":
+                add("rows", config, form, part * entries, chunks)
+            else:
+                add(f"{kind} dots", 0, form, entries, dots)
+                add(f"{kind} sums", 0, form, part, chunks * blocks)
+            if kind == "column":
+                add("add", 0, 0, 0, -(-b * m // WIDTH))
+            if not inside:
+                add("square", 0, 0, 0, pieces)
+            add("finish", 0, 0, 0, 1 + (0 if kind == "column" else -(-b * n // WIDTH)))
+            v, y, partial = v + b * n, y + b * m, partial + chunks * b * entries
+            record, square, j = record + records, square + pieces, j + 1
+    launches = []
+    for kernel, config, form in sorted(work, key=lambda key: (ORDER.index(key[0]), key)):
+        parts = sorted(work[kernel, config, form], key=lambda part: -part[0])  # long ones first: none is last and alone
+        start = len(fields)
+        fields += [j << 32 | item for _, j, items in parts for item in range(items)]
+        if len(fields) > start:
+            launches.append(Launch(kernel, config, form, start, len(fields) - start))
+    return fields, Plan(tuple(launches), y, partial, record, square, any(a.shape[2] == 0 for a in A))
 
 
 def gram_matvec(
     A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W = A'(A V), S = (A V)'(A V), statistics of the first read; see contracts.py. Two launches, no host sync."""
+    """W = A'(A V), S = (A V)'(A V), statistics of the first read; see contracts.py. No host sync."""
     N = counts(A)
     W = torch.empty_like(V)
     S = V.new_empty((N, b, b), dtype=torch.float64)
     stats = V.new_empty((N, 4), dtype=torch.float64)
     if N == 0:
         return W, S, stats, V.new_empty(0)
-    described = _table(A, b, V.device)
-    start, reads, adds, rows, partials, chunks, hollow = described.sizes
-    # no chunk writes the Y of a skipped matrix or of one without columns, which is 0
-    fill = torch.zeros if with_y and (skip is not None or hollow) else torch.empty
-    Y = fill(rows, dtype=V.dtype, device=V.device)
-    partial = V.new_empty(partials)
-    records = V.new_empty(chunks * RECORD.value, dtype=torch.float64)
-    gone = described.tensor if skip is None else skip
-    gone = gone.view(torch.uint8)
+    dtype = A[0].dtype
+    key = ("gram_matvec", b, dtype, tuple((a.data_ptr(), a.shape, a.stride()) for a in A))
+    described = table(key, V.device, lambda: _describe(A, b))
+    plan: Plan = described.sizes
+    # no program writes the Y of a skipped matrix or of one without columns, which is 0
+    fill = torch.zeros if with_y and (skip is not None or plan.hollow) else torch.empty
+    Y = fill(plan.y, dtype=V.dtype, device=V.device)
+    partial = V.new_empty(plan.partial)
+    wide = 4 if b <= GROUP else 8 if b <= 8 else 16
+    small = V.new_empty(2 * plan.records + wide * wide * plan.squares, dtype=torch.float64)
+    records, squares = small[: 2 * plan.records], small[2 * plan.records :]
+    gone = (described.tensor if skip is None else skip).view(torch.uint8)
+    groups = -(-b // GROUP)
+    common: dict[str, Any] = {"table": described.tensor, "skip": gone, "b": b, "has_skip": int(skip is not None)}
+    reading = {"scale": scale, "ELEMENT": ELEMENTS[dtype]}
     with on(V.device):
-        if reads:
-            read_kernel[(reads,)](
-                described.tensor, V, scale, gone, partial, records, Y, start, b, int(skip is not None),
-                ELEMENT=ELEMENTS[A[0].dtype], VECTOR=VECTOR, STATS=with_stats, **read_options(),
-            )  # fmt: skip
-        add_kernel[(adds,)](
-            described.tensor, gone, partial, records, W, S, stats, start + reads, b, int(skip is not None),
-            int(with_stats), **ADD_OPTIONS,
-        )  # fmt: skip
+        for kernel, config, form, start, items in plan.launches:
+            many = groups if kernel.split()[-1] in ("rows", "dots", "sums") else 1
+            grid, here = (items * many,), {**common, "items": start, "groups": many}
+            first = {**here, **reading, "STATS": with_stats, "FORM": form}
+            second = {**first, "STATS": False}
+            if kernel == "rows":
+                rows_kernel[grid](
+                    V=V, partial=partial, records=records, squares=squares, Y=Y, **first,
+                    **rows_options(ROWS[config], A[0].element_size(), with_stats, form),
+                )  # fmt: skip
+            elif kernel == "long dots":
+                dots_kernel[grid](U=V, OUT=Y, records=records, source=V_AT, target=Y_AT, **first, **dots_options())
+            elif kernel == "column dots":
+                dots_kernel[grid](U=Y, OUT=W, records=records, source=Y_AT, target=V_AT, **second, **dots_options())
+            elif kernel == "column sums":
+                sums_kernel[grid](U=V, partial=partial, records=records, source=V_AT, **first, **sums_options())
+            elif kernel == "long sums":
+                sums_kernel[grid](U=Y, partial=partial, records=records, source=Y_AT, **second, **sums_options())
+            elif kernel == "add":
+                add_kernel[grid](partial=partial, OUT=Y, size=M_AT, target=Y_AT, **here, **ADD_OPTIONS)
+            elif kernel == "square":
+                square_kernel[grid](squares=squares, Y=Y, rows=PIECE, B=wide, **here, **SQUARE_OPTIONS)
+            else:
+                finish_kernel[grid](
+                    partial=partial, records=records, squares=squares, W=W, S=S, stats=stats,
+                    with_stats=int(with_stats), B=wide, **here, **ADD_OPTIONS,
+                )  # fmt: skip
     return W, S, stats, Y if with_y else V.new_empty(0)
 
 
@@ -325,5 +245,5 @@ def supports(dtype: torch.dtype, b: int) -> str | None:
     if dtype not in ELEMENTS:
         return f"the Triton kernel reads float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if not 1 <= b <= BLOCK_LIMIT:
-        return f"the Triton kernel holds blocks of 1 to {BLOCK_LIMIT} columns in registers, not {b}"
+        return f"the Triton kernel serves blocks of 1 to {BLOCK_LIMIT} columns, not {b}"
     return None

@@ -12,6 +12,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,14 @@ class Table:
     """A device table and the sizes that its launcher needs. `tensor` is int64; `sizes` is the builder's business."""
 
     tensor: Tensor
-    sizes: tuple[int, ...]
+    sizes: Any
 
 
 _tables: OrderedDict[Hashable, Table] = OrderedDict()
 _captured: list[Tensor] = []  # pinned sources of copies inside captured graphs
 
 
-def table(key: Hashable, device: torch.device, build: Callable[[], tuple[list[int], tuple[int, ...]]]) -> Table:
+def table(key: Hashable, device: torch.device, build: Callable[[], tuple[list[int], Any]]) -> Table:
     """The table of `key` on `device`; `build() -> (entries, sizes)` is called where it is not kept yet."""
     full = (device.type, device.index, key)
     found = _tables.get(full)
