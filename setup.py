@@ -95,8 +95,8 @@ def native_extensions() -> list[Extension]:
     os.chdir(ROOT)
     cpu = make_extension(
         f"{PACKAGE}._C_cpu",
-        sources=["csrc/bindings_cpu.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        sources=sorted(map(str, [*Path("csrc").glob("bindings_cpu*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
+        depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.inc")])),
         extra_compile_args=CXX_FLAGS,
         py_limited_api=True,
     )

@@ -1,82 +1,13 @@
 // The words of kernels/contracts.py for CPU tensors, through torch's stable ABI. Kernels themselves know nothing of torch.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <atomic>
 #include <map>
-#include <optional>
-#include <stdexcept>
-#include <tuple>
-#include <vector>
 
-#include "cpu/krylov.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#include "bindings_cpu.h"
 
 namespace {
 
-sk::Dtype dtype_of(const Tensor& a) {
-  switch (a.scalar_type()) {
-    case ScalarType::Float: return sk::Dtype::f32;
-    case ScalarType::Double: return sk::Dtype::f64;
-    case ScalarType::BFloat16: return sk::Dtype::bf16;
-    case ScalarType::Half: return sk::Dtype::f16;
-    default: throw std::runtime_error("spectral_kernels: float32, float64, bfloat16 or float16 matrices are served");
-  }
-}
-
-// every matrix of a ragged list, in order
-std::vector<sk::Matrix> matrices(const std::vector<Tensor>& A) {
-  std::vector<sk::Matrix> out;
-  for (const Tensor& a : A) {
-    if (a.dim() != 3) throw std::runtime_error("spectral_kernels: a ragged list holds stacks (k, m, n)");
-    const sk::Dtype dtype = dtype_of(a);
-    const char* data = static_cast<const char*>(a.const_data_ptr());
-    for (int64_t i = 0; i < a.size(0); ++i)
-      out.push_back({data + i * a.stride(0) * sk::entry_bytes(dtype), dtype, a.size(1), a.size(2), a.stride(1), a.stride(2)});
-  }
-  return out;
-}
-
-Tensor like(const Tensor& t, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt, t.device());
-}
-
-int64_t multiple_of_4(int64_t b) { return (b + 3) / 4 * 4; }
-
-// Runs work(i, parallel) for every task: tasks larger than a fair share one by one with all threads inside, the others
-// dealt out, largest first. Which thread does what never shows in the results.
-template <class F>
-void schedule(const std::vector<int64_t>& sizes, const F& work) {
-  const int64_t count = int64_t(sizes.size()), threads = torch::stable::get_num_threads();
-  int64_t total = 0;
-  for (int64_t s : sizes) total += s;
-  std::vector<int64_t> order(count);
-  for (int64_t i = 0; i < count; ++i) order[i] = i;
-  if (threads > 1)
-    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return sizes[x] > sizes[y]; });
-  int64_t done = 0;
-  constexpr int64_t kWorthThreads = 1 << 15;
-  while (done < count && threads > 1 && sizes[order[done]] >= kWorthThreads && sizes[order[done]] * threads > total) {
-    total -= sizes[order[done]];
-    work(order[done++], true);
-  }
-  if (threads == 1 || total < kWorthThreads || count - done < 2) {
-    for (; done < count; ++done) work(order[done], false);
-    return;
-  }
-  std::atomic<int64_t> next{done};
-  sk::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) work(order[i], false);
-  });
-}
-
 template <class T>
-void gram_matvec_typed(const std::vector<sk::Matrix>& list, const T* v, const T* scale, const bool* skip, int64_t b, bool with_stats,
-                       T* w, double* s, double* stats, T* y) {
+void gram_matvec_typed(const std::vector<sk::Matrix>& list, const T* v, const T* scale, const bool* skip, int64_t b,
+                       bool with_stats, T* w, double* s, double* stats, T* y) {
   const int64_t b4 = multiple_of_4(b);
   std::vector<int64_t> sizes, at_n, at_m;
   int64_t n = 0, m = 0;

@@ -1,7 +1,6 @@
 #include "gram_matvec.h"
 
 #include <algorithm>
-#include <memory>
 
 namespace sk {
 namespace {
@@ -43,19 +42,6 @@ namespace {
 inline void run_chunk(GramChunk<float>& g) { gram_chunk_f32(g); }
 inline void run_chunk(GramChunk<double>& g) { gram_chunk_f64(g); }
 
-template <class T>
-struct Buffer {  // 64-byte aligned scratch that grows and is kept by its thread
-  std::unique_ptr<T[], decltype(&std::free)> data{nullptr, &std::free};
-  int64_t size = 0;
-  T* need(int64_t entries) {
-    if (entries > size) {
-      data.reset(static_cast<T*>(std::aligned_alloc(64, padded(entries) * sizeof(T))));
-      size = entries;
-    }
-    return data.get();
-  }
-};
-
 }  // namespace
 
 int instruction_set() {
@@ -95,7 +81,7 @@ int64_t panel_entries(const Matrix& a) {
 
 template <class T>
 void gram_read(const Matrix& a, T scale, int64_t b, int64_t b4, int64_t ldn, const T* v, T* w, T* y, bool with_statistics,
-               bool parallel, Read<T>& out) {
+               bool parallel, Read<T>& out, const Momentum<T>* move) {
   const int64_t rows = chunk_rows(a.m), chunks = (a.m + rows - 1) / rows, block = b4 * ldn;
   out.s.assign(b4 * b4, 0.0);
   out.statistics = Statistics{};
@@ -111,9 +97,10 @@ void gram_read(const Matrix& a, T scale, int64_t b, int64_t b4, int64_t ldn, con
     static thread_local Buffer<T> panel_buffer, y_buffer;
     const int64_t row0 = i * rows, row1 = std::min(a.m, row0 + rows), ldy = padded(row1 - row0);
     const bool along_rows = !is_across(a);  // whole rows in memory order need no panel
-    const bool packs = !(along_rows && is_direct(a, scale, a.n, a.sn));
+    const bool packs = !(along_rows && is_direct(a, scale, a.n, a.sn) && !(move && move->nesterov));
+    T* panel = packs ? panel_buffer.need(panel_entries<T>(a)) : nullptr;
     GramChunk<T> g{a, scale, row0, row1, b4, ldn, v, partial + slot * block, y_buffer.need(b4 * ldy), ldy,
-                   s.data() + slot * b4 * b4, with_statistics, Statistics{}, packs ? panel_buffer.need(panel_entries<T>(a)) : nullptr};
+                   s.data() + slot * b4 * b4, with_statistics, Statistics{}, panel, move};
     run_chunk(g);
     statistics[slot] = g.statistics;
     if (y)
@@ -147,8 +134,8 @@ void gram_read(const Matrix& a, T scale, int64_t b, int64_t b4, int64_t ldn, con
 template int64_t panel_entries<float>(const Matrix&);
 template int64_t panel_entries<double>(const Matrix&);
 template void gram_read<float>(const Matrix&, float, int64_t, int64_t, int64_t, const float*, float*, float*, bool, bool,
-                               Read<float>&);
+                               Read<float>&, const Momentum<float>*);
 template void gram_read<double>(const Matrix&, double, int64_t, int64_t, int64_t, const double*, double*, double*, bool,
-                                bool, Read<double>&);
+                                bool, Read<double>&, const Momentum<double>*);
 
 }  // namespace sk

@@ -2,9 +2,10 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <vector>
 
-#include "matrix.h"
+#include "momentum.h"
 
 namespace sk {
 
@@ -22,6 +23,7 @@ struct GramChunk {
   bool with_statistics;
   Statistics statistics;
   T* panel;            // scratch of panel_entries(...) entries
+  const Momentum<T>* move;  // applied to every panel before it is read; statistics are then of what is read. Null: a is read
 };
 
 template <class T>
@@ -29,6 +31,19 @@ int64_t panel_entries(const Matrix& a);
 
 void gram_chunk_f32(GramChunk<float>& args);
 void gram_chunk_f64(GramChunk<double>& args);
+
+template <class T>
+struct Buffer {  // 64-byte aligned scratch that grows and is kept by its thread
+  std::unique_ptr<T[], decltype(&std::free)> data{nullptr, &std::free};
+  int64_t size = 0;
+  T* need(int64_t entries) {
+    if (entries > size) {
+      data.reset(static_cast<T*>(std::aligned_alloc(64, padded(entries) * sizeof(T))));
+      size = entries;
+    }
+    return data.get();
+  }
+};
 
 using ParallelFor = std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
 void set_parallel_for(ParallelFor f);
@@ -41,8 +56,9 @@ struct Read {
 };
 
 // One read of `a`. v, w: (b4, ldn). y: (b, m) flat or null. parallel: chunks go to the threads (same bits either way).
+// move: a's momentum, updated and read in the same pass.
 template <class T>
 void gram_read(const Matrix& a, T scale, int64_t b, int64_t b4, int64_t ldn, const T* v, T* w, T* y, bool with_statistics,
-               bool parallel, Read<T>& out);
+               bool parallel, Read<T>& out, const Momentum<T>* move = nullptr);
 
 }  // namespace sk

@@ -7,38 +7,14 @@
 
 #include "dense_norm.h"
 #include "orthogonal.h"
+#include "random.h"
 #include "small_eig.h"
 
 namespace sk {
 
 namespace {
 
-uint64_t mix(uint64_t z) {  // splitmix64's finalizer
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return z ^ (z >> 31);
-}
-
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
-
-uint64_t draw_key(int64_t seed, int64_t m, int64_t n, int64_t step) {  // as kernels/random.py
-  uint64_t z = mix(uint64_t(seed) * kGolden + 1);
-  z = mix(z ^ uint64_t(std::max(m, n)));
-  z = mix(z + uint64_t(std::min(m, n)) * kGolden);
-  return mix(z + uint64_t(step));
-}
-
 int64_t multiple_of_4(int64_t b) { return (b + 3) / 4 * 4; }
-
-// A read at scale 1 is exact enough while every product of four entries stays far inside the range (composites.py)
-template <class T>
-double safe_scale(double amax) {
-  const int limit = sizeof(T) == 4 ? 20 : 200, largest = sizeof(T) == 4 ? 126 : 1000;
-  if (!(amax > 0) || std::isinf(amax) || (amax >= std::ldexp(1, -limit) && amax <= std::ldexp(1, limit))) return 1;
-  int exponent;
-  std::frexp(amax, &exponent);
-  return std::ldexp(1, std::clamp(-exponent + 1, -largest, largest));
-}
 
 double error_estimate(double rho, double gap) { return rho > 0 ? 0.5 * rho * rho / (std::max(gap, 0.0) + rho) : 0; }
 
@@ -56,20 +32,19 @@ double coupling(const double* t, int64_t ldt, int64_t K, int64_t b, int64_t colu
 }  // namespace
 
 template <class T>
+double safe_scale(double amax) {
+  const int limit = safe_exponent<T>(), largest = sizeof(T) == 4 ? 126 : 1000;
+  if (!(amax > 0) || std::isinf(amax) || (amax >= std::ldexp(1, -limit) && amax <= std::ldexp(1, limit))) return 1;
+  int exponent;
+  std::frexp(amax, &exponent);
+  return std::ldexp(1, std::clamp(-exponent + 1, -largest, largest));
+}
+
+template <class T>
 std::vector<T> start_block(int64_t m, int64_t n, int64_t b, int64_t seed, int64_t step) {
   const int64_t ldn = padded(n);
   std::vector<T> v(b * ldn, T(0));
-  const uint64_t key = draw_key(seed, m, n, step);
-  for (int64_t pair = 0; 2 * pair < b * n; ++pair) {
-    const uint64_t z = mix(uint64_t(pair) * kGolden + key);
-    const T u = (T(z >> 32) + T(0.5)) * T(0x1p-32), angle = (T(z & 0xffffffffu) + T(0.5)) * T(6.283185307179586 * 0x1p-32);
-    const T radius = std::sqrt(T(-2) * std::log(std::min(u, T(1))));
-    const T value[2] = {radius * std::cos(angle), radius * std::sin(angle)};
-    for (int64_t i = 0; i < 2 && 2 * pair + i < b * n; ++i) {
-      const int64_t index = 2 * pair + i;
-      v[index / n * ldn + index % n] = value[i];
-    }
-  }
+  draw_rows<T>(draw_key(seed, m, n, step), b, n, v.data(), ldn);
   std::vector<double> r(b * b);
   BlockQr<T> qr{v.data(), b, ldn, 1e-6 * std::sqrt(double(std::max<int64_t>(n, 1))), r.data(), 1};
   run(qr);
@@ -339,6 +314,7 @@ void run_krylov(const KrylovTask<T>& k) {
 }
 
 #define SK_INSTANTIATE(T)                                                                        \
+  template double safe_scale<T>(double);                                                         \
   template std::vector<T> start_block<T>(int64_t, int64_t, int64_t, int64_t, int64_t);            \
   template bool extend<T>(Step<T>&);                                                             \
   template bool assess<T>(Step<T>&, double, bool, double*);                                      \

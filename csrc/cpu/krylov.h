@@ -63,6 +63,15 @@ bool is_dense(const Matrix& a, int64_t rank, double tol, int64_t vectors, bool w
 template <class T>
 void run_krylov(const KrylovTask<T>& task);
 
+// The power of two to read at. A read at scale 1 is exact enough while every product of four entries stays far inside the
+// range (composites.py).
+template <class T>
+constexpr int safe_exponent() {
+  return sizeof(T) == 4 ? 20 : 200;
+}
+template <class T>
+double safe_scale(double amax);
+
 // (b, ldn) orthonormal rows drawn from (seed, m, n, step)
 template <class T>
 std::vector<T> start_block(int64_t m, int64_t n, int64_t b, int64_t seed, int64_t step);

@@ -1,6 +1,8 @@
 // A matrix as the kernels see it, and how its rows are brought into panels of the accumulation type.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace sk {
@@ -34,7 +36,9 @@ inline bool is_across(const Matrix& a) { return a.sm == 1 && (a.sn != 1 || a.n <
 // Rows of the untracked side per chunk: a partial result per chunk, added up in order, so that bits depend on the shape alone.
 inline int64_t chunk_rows(int64_t m) {
   const int64_t rows = m > 2048 ? 512 : 256, most = 64;  // 512: partial results of a large matrix stay below 1 % of it
-  return rows * ((m + rows * most - 1) / (rows * most) > 0 ? (m + rows * most - 1) / (rows * most) : 1);
+  int64_t chunks = std::clamp<int64_t>((m + rows - 1) / rows, 1, most);
+  if (m > 1024) chunks = (chunks + 3) / 4 * 4;  // fair shares for a few threads
+  return chunks == 1 ? rows : (m + 4 * chunks - 1) / (4 * chunks) * 4;
 }
 
 inline float from_bf16(uint16_t x) {
@@ -57,6 +61,30 @@ inline float from_f16(uint16_t x) {
   return f;
 }
 
+inline uint16_t to_bf16(float f) {  // to nearest even
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40;
+  return uint16_t((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+inline uint16_t to_f16(float f) {  // to nearest even
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  const uint32_t normal = (u + 0xfff + ((u >> 13) & 1) - (112u << 23)) >> 13;
+  float magnitude;  // subnormals: one ulp of 0.5f is the smallest of them, so that a sum rounds as wanted
+  __builtin_memcpy(&magnitude, &u, 4);
+  magnitude += 0.5f;
+  uint32_t small;
+  __builtin_memcpy(&small, &magnitude, 4);
+  uint32_t h = u < 0x38800000 ? small - 0x3f000000 : normal;
+  h = u >= 0x477ff000 ? 0x7c00 : h;
+  h = u > 0x7f800000 ? 0x7e00 : h;
+  return uint16_t(sign | h);
+}
+
 template <class T>
 inline T entry(const Matrix& a, int64_t offset) {
   switch (a.dtype) {
@@ -68,13 +96,14 @@ inline T entry(const Matrix& a, int64_t offset) {
 }
 
 struct Statistics {
-  double frob2 = 0, amax = 0;  // of the packed (scaled) entries
-  bool nan = false;
+  double frob2 = 0, amax = 0;  // of the packed (scaled) entries; a momentum's amax is unscaled
+  bool nan = false, inf = false;  // inf: set by a momentum only, whose entries count as zero where they are not finite
 
   void add(const Statistics& o) {
     frob2 += o.frob2;
     amax = o.amax > amax ? o.amax : amax;
     nan |= o.nan;
+    inf |= o.inf;
   }
 };
 

@@ -10,6 +10,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SK_X86 1
+#include <immintrin.h>
 #else
 #define SK_X86 0
 #endif

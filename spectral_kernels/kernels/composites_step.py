@@ -12,6 +12,11 @@ from .composites import SAFE_EXPONENT, per_entry, safe_scale, store
 from .contracts import INFO, INFO_COLUMNS, STATS, acc_dtype, counts, sides
 
 
+# Ritz values that the error estimate covers: a value that is about to overtake the leading one from the second place has
+# a large residual while that of the leading one is small (docs/tracking.md).
+FOLLOWED = 2
+
+
 def rescale(scale: Tensor, amax: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     """(scale to read at, must the read be repeated) from the scale that was read at and max |entry|.
 
@@ -94,6 +99,7 @@ def tracked_step_(
     info[:, INFO["done"]] = finished.double()
 
     v = V.clone()
+    rayleigh_ritz_, next_block_ = words.rayleigh_ritz_for(reads * b, 1), words.next_block_for(rows)
     for read in range(reads):
         if read:
             going = info[:, INFO["done"]] == 0
@@ -102,8 +108,8 @@ def tracked_step_(
                 W, S, _ = words.momentum_gram_matvec_(M, G, v, at, ~going, *options, False, propagate, b)
             else:
                 W, S, _, _ = words.gram_matvec(M, v, at, ~going, b, False, False)
-        words.rayleigh_ritz_(n, Q, v, T, info, W, S, at, b, read * b, 1, tol, min_reads)
-    bound = words.next_block_(sides(M, 1), n, Q, T, info, V, step, b, fresh, seed)
+        rayleigh_ritz_(n, Q, v, T, info, W, S, at, b, read * b, FOLLOWED, tol, min_reads)
+    bound = next_block_(sides(M, 1), n, Q, T, info, V, step, b, fresh, seed)
 
     norm = bound if upper else info[:, INFO["sigma"]]
     norm = norm * at.double()

@@ -241,6 +241,7 @@ def _next_block_fake(m, n, Q, T, info, V, step, b, fresh, seed):
 #   upper  divide by the upper bound of next_block_ instead of the estimate
 #   reads  most reads of a matrix, the one of the momentum pass included (a first read repeated at another scale comes
 #          on top); tol and min_reads decide, per matrix and on the device, whether a read was enough: rayleigh_ritz_
+#          with rank 2, for a second value may be about to overtake the first
 # P stays, bit for bit, where G or the new momentum is not finite (unless `propagate`: then it becomes NaN); V stays
 # where X is zero or not finite. The default takes `owner` too: matrices of one parameter, which stays as a whole.
 #   -> info (N, INFO_COLUMNS), of X, flags as momentum_gram_matvec_ gives them; bound (N,) as next_block_ gives it

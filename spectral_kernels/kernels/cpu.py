@@ -88,3 +88,112 @@ def block_krylov(
 
 def krylov_norm(A: Tensor, b: int, steps: int, cap: int, tol: float, min_reads: int, seed: int) -> Tensor:
     return torch.ops.spectral_kernels.krylov_norm.default(A, b, steps, cap, tol, min_reads, seed)
+
+
+def momentum_gram_matvec_(
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    V: Tensor,
+    scale: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+    nesterov: bool,
+    update: bool,
+    propagate: bool,
+    b: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.spectral_kernels.momentum_gram_matvec_.default(
+        M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b
+    )
+
+
+def momentum_norms_(
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    scale: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+    nesterov: bool,
+    update: bool,
+    propagate: bool,
+) -> Tensor:
+    return torch.ops.spectral_kernels.momentum_norms_.default(
+        M, G, scale, skip, beta, alpha, nesterov, update, propagate
+    )
+
+
+def apply_update_(
+    P: Sequence[Tensor],
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    size: Tensor,
+    scale: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+) -> None:
+    torch.ops.spectral_kernels.apply_update_.default(P, M, G, size, scale, decay, skip, beta, alpha)
+
+
+def next_block_(
+    m: Sequence[int],
+    n: Sequence[int],
+    Q: Tensor,
+    T: Tensor,
+    info: Tensor,
+    V: Tensor,
+    step: Tensor,
+    b: int,
+    fresh: int,
+    seed: int,
+) -> Tensor:
+    return torch.ops.spectral_kernels.next_block_.default(m, n, Q, T, info, V, step, b, fresh, seed)
+
+
+def tracked_step_(
+    P: Sequence[Tensor],
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    V: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    size: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+    nesterov: bool,
+    propagate: bool,
+    upper: bool,
+    b: int,
+    fresh: int,
+    reads: int,
+    tol: float,
+    min_reads: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.spectral_kernels.tracked_step_.default(
+        P,
+        M,
+        G,
+        V,
+        scale,
+        step,
+        size,
+        decay,
+        skip,
+        beta,
+        alpha,
+        nesterov,
+        propagate,
+        upper,
+        b,
+        fresh,
+        reads,
+        tol,
+        min_reads,
+        seed,
+    )

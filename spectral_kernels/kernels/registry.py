@@ -58,7 +58,7 @@ class Kernel:
     backend: str
     fn: Callable[..., Any] | None
     supports: Callable[[str, str, torch.dtype, int], str | None]
-    column_limit: int | None = None  # rayleigh_ritz_: most basis columns and ranks it serves, None: any
+    column_limit: int | None = None  # rayleigh_ritz_, next_block_: most basis columns and ranks served, None: any
     rank_limit: int | None = None
 
 
@@ -159,6 +159,12 @@ class Words:
             kernel.rank_limit is not None and rank > kernel.rank_limit
         )
         return reference.rayleigh_ritz_ if beyond else chosen.fn
+
+    def next_block_for(self, rows: int) -> Callable[..., Any]:
+        """next_block_ of the first backend that serves a basis of so many rows, the next block included."""
+        chosen = self.choice("next_block_")
+        limit = table()["next_block_"][chosen.backend].column_limit
+        return reference_step.next_block_ if limit is not None and rows > limit else chosen.fn
 
     def __getattr__(self, word: str) -> Callable[..., Any]:
         if word not in WORDS:

@@ -1,0 +1,76 @@
+// What the words' bindings share: ragged lists as the kernels see them, and who works on which matrix.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "cpu/krylov.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline sk::Dtype dtype_of(const Tensor& a) {
+  switch (a.scalar_type()) {
+    case ScalarType::Float: return sk::Dtype::f32;
+    case ScalarType::Double: return sk::Dtype::f64;
+    case ScalarType::BFloat16: return sk::Dtype::bf16;
+    case ScalarType::Half: return sk::Dtype::f16;
+    default: throw std::runtime_error("spectral_kernels: float32, float64, bfloat16 or float16 matrices are served");
+  }
+}
+
+// every matrix of a ragged list, in order; written: it will be changed in place
+inline std::vector<sk::Matrix> matrices(const std::vector<Tensor>& A, bool written = false) {
+  std::vector<sk::Matrix> out;
+  for (const Tensor& a : A) {
+    if (a.dim() != 3) throw std::runtime_error("spectral_kernels: a ragged list holds stacks (k, m, n)");
+    const sk::Dtype dtype = dtype_of(a);
+    const char* data = static_cast<const char*>(written ? a.mutable_data_ptr() : a.const_data_ptr());
+    for (int64_t i = 0; i < a.size(0); ++i)
+      out.push_back({data + i * a.stride(0) * sk::entry_bytes(dtype), dtype, a.size(1), a.size(2), a.stride(1), a.stride(2)});
+  }
+  return out;
+}
+
+inline Tensor like(const Tensor& t, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype, std::nullopt, t.device());
+}
+
+inline int64_t multiple_of_4(int64_t b) { return (b + 3) / 4 * 4; }
+
+// Runs work(i, parallel) for every task: tasks larger than a fair share one by one with all threads inside, the others
+// dealt out, largest first; above `most` a task is never dealt out. Which thread does what never shows in the results.
+template <class F>
+void schedule(const std::vector<int64_t>& sizes, const F& work, int64_t most = std::numeric_limits<int64_t>::max()) {
+  const int64_t count = int64_t(sizes.size()), threads = torch::stable::get_num_threads();
+  int64_t total = 0;
+  for (int64_t s : sizes) total += s;
+  std::vector<int64_t> order(count);
+  for (int64_t i = 0; i < count; ++i) order[i] = i;
+  if (threads > 1)
+    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return sizes[x] > sizes[y]; });
+  int64_t done = 0;
+  constexpr int64_t kWorthThreads = 1 << 15;
+  while (done < count && threads > 1 && sizes[order[done]] >= kWorthThreads &&
+         (sizes[order[done]] > most || sizes[order[done]] * threads > total)) {
+    total -= sizes[order[done]];
+    work(order[done++], true);
+  }
+  if (threads == 1 || total < kWorthThreads || count - done < 2) {
+    for (; done < count; ++done) work(order[done], false);
+    return;
+  }
+  std::atomic<int64_t> next{done};
+  sk::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) work(order[i], false);
+  });
+}
