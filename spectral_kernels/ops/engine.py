@@ -50,6 +50,30 @@ class Options:
 
 
 @dataclass
+class Seat:
+    """What of a parameter stays from step to step: its views, as long as its memory and its state do."""
+
+    param: Tensor
+    buffer: Tensor  # the momentum
+    at: int  # address of the parameter
+    P: list[Tensor]  # the stacks, the tracked side last
+    M: list[Tensor]
+    turned: list[bool]  # stacks whose gradient is to be transposed
+    copies: list[tuple[Tensor, Tensor]]  # (tensor, what stands for it and is copied back)
+    tracked: bool
+    count: int  # matrices
+    norms: list[int]  # the norm of every matrix, a column of NORMS
+    factors: list[float]
+    plain: bool  # one matrix, as it is stored
+    warm: bool = False  # the block has seen the matrix
+
+    def holds(self, param: Tensor, buffer: Tensor | None) -> bool:
+        """Whether the views still are those of this parameter and this momentum."""
+        same = self.buffer is buffer and self.at == param.data_ptr()
+        return same and self.param.stride() == param.stride() and not self.copies
+
+
+@dataclass
 class Entry:
     """One parameter of a step. lr, decay: numbers or one-element tensors; factors: one per stack of its layout."""
 
@@ -61,6 +85,8 @@ class Entry:
     lr: float | Tensor
     decay: float | Tensor
     skip: Tensor | None = None  # () bool on the device: leave the parameter and its state alone
+    seat: Seat | None = None  # filled in by `take`; a caller may bring that of the step before
+    roles: Any = None  # what a caller made the seat for
 
 
 class Result(NamedTuple):
@@ -157,9 +183,8 @@ def is_cold(state: dict[str, Any]) -> bool:
 def take(entries: Sequence[Entry], options: Options) -> Outcome:
     """Momentum, norms and update of every entry, in place, without a host synchronization on GPUs."""
     buckets: dict[tuple[Any, ...], _Bucket] = {}
-    copies: list[tuple[Tensor, Tensor]] = []
     for i, entry in enumerate(entries):
-        _sort(buckets, copies, i, entry, options)
+        _sort(buckets, i, entry, options)
     outcome = Outcome([], [])
     with torch.no_grad():
         for (tracked, single, cold, *_), bucket in buckets.items():
@@ -168,8 +193,9 @@ def take(entries: Sequence[Entry], options: Options) -> Outcome:
                     _tracked(bucket, entries, options, single, cold) if tracked else _normed(bucket, entries, options)
                 )
             outcome.parts.append(Part(bucket.entries, bucket.counts, tracked, *found))
-        for strided, dense in copies:
-            strided.copy_(dense)
+        for entry in entries:
+            for strided, dense in entry.seat.copies if entry.seat else ():
+                strided.copy_(dense)
         steps = [entry.state["step"] for entry in entries if not _known_skip(entry)]
         if steps:
             torch._foreach_add_(steps, 1)
@@ -181,35 +207,55 @@ def _known_skip(entry: Entry) -> bool:
     return entry.skip is not None and entry.skip.device.type == "cpu" and bool(entry.skip)
 
 
-def _sort(
-    buckets: dict[tuple[Any, ...], _Bucket],
-    copies: list[tuple[Tensor, Tensor]],
-    i: int,
-    entry: Entry,
-    options: Options,
-) -> None:
-    """Put the matrices of an entry into its bucket; copies: (tensor, what stands for it and is copied back)."""
+def seat(entry: Entry, options: Options) -> Seat:
+    """The views of an entry whose state is prepared."""
     layout, state = entry.layout, entry.state
     param, buffer = entry.param.detach(), state["momentum_buffer"]
     p, m = layout.dense(param), layout.buffer_dense(buffer)
-    copies += [(x, d) for x, d in ((param, p), (buffer, m)) if x is not d]
-    P, M, G = layout.stacks(p), layout.buffer_stacks(m), layout.stacks(layout.dense(entry.grad))
+    P, M = layout.stacks(p), layout.buffer_stacks(m)
     tracked = "block" in state and is_tracked(layout, M, options.direction)
-    N = sum(m.shape[0] for m in M)
-    key = (tracked, N == 1, tracked and is_cold(state), entry.param.dtype, M[0].dtype, G[0].dtype, entry.param.device)
-    bucket = buckets.setdefault(key, _Bucket())
-    for p, m, g, factor in zip(P, M, G, entry.factors, strict=True):
-        if tracked:
-            side = oriented(m)
-            if side.stride() != m.stride() or side.shape != m.shape:
-                p, m, g = p.mT, side, g.mT
-        bucket.P.append(p)
-        bucket.M.append(m)
-        bucket.G.append(g)
-        bucket.factors += [factor] * m.shape[0]
+    count = sum(x.shape[0] for x in M)
+    sides = [oriented(x) if tracked else x for x in M]
+    turned = [side.stride() != x.stride() or side.shape != x.shape for side, x in zip(sides, M, strict=True)]
+    return Seat(
+        param,
+        buffer,
+        param.data_ptr(),
+        [x.mT if turn else x for x, turn in zip(P, turned, strict=True)],
+        sides,
+        turned,
+        [(x, d) for x, d in ((param, p), (buffer, m)) if x is not d],
+        tracked,
+        count,
+        [{"gain": NORMS["amax"], "embedding": NORMS["row2"]}.get(layout.kind, NORMS["frob2"])] * count,
+        [factor for factor, x in zip(entry.factors, M, strict=True) for _ in range(x.shape[0])],
+        layout == Layout("matrix") and param.ndim == 2 and not turned[0],
+    )
+
+
+def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options: Options) -> None:
+    """Put the matrices of an entry into its bucket."""
+    if entry.seat is None:
+        entry.seat = seat(entry, options)
+    mine, grad, layout = entry.seat, entry.grad, entry.layout
+    if mine.plain and grad.is_contiguous():
+        G = [grad[None]]
+    else:
+        G = layout.stacks(layout.dense(grad))
+        G = [g.mT if turn else g for g, turn in zip(G, mine.turned, strict=True)]
+    cold = mine.tracked and not mine.warm and is_cold(entry.state)
+    mine.warm = mine.tracked and not cold
+    key = (mine.tracked, mine.count == 1, cold, mine.param.dtype, mine.buffer.dtype, grad.dtype, mine.param.device)
+    bucket = buckets.get(key)
+    if bucket is None:
+        bucket = buckets[key] = _Bucket()
+    bucket.P += mine.P
+    bucket.M += mine.M
+    bucket.G += G
+    bucket.factors += mine.factors
     bucket.entries.append(i)
-    bucket.counts.append(N)
-    bucket.norms += [{"gain": NORMS["amax"], "embedding": NORMS["row2"]}.get(layout.kind, NORMS["frob2"])] * N
+    bucket.counts.append(mine.count)
+    bucket.norms += mine.norms
 
 
 @lru_cache(maxsize=256)

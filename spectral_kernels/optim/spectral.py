@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..kernels.contracts import INFO
 from ..ops import arguments
-from ..ops.engine import Entry, Options, Outcome, block_shape, is_tracked, prepare, start, take
+from ..ops.engine import Entry, Options, Outcome, Seat, block_shape, is_tracked, prepare, start, take
 from ..ops.layout import Layout, kind_of
 from ..ops.retract import retract_
 from ..ops.step import check_gradient, check_options, check_rate, guard
@@ -76,6 +76,7 @@ class SpectralOptimizer(Optimizer):
         self._names = list(params.names) if isinstance(params, ParamGroups) else []  # in the order of the groups
         self._skipped: dict[torch.device, Tensor] = {}
         self._last: list[Outcome] = []
+        self._seats: dict[Tensor, tuple[Any, Seat, Layout]] = {}  # with what they were made for
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "direction": direction, "rule": rule,
             "weight_decay": weight_decay, "block": block, "safety": safety, "retract": retract,
@@ -94,7 +95,7 @@ class SpectralOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         mine = ("momentum_dtype", "error_if_nonfinite", "_described", "_names", "_skipped")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in mine}, "_last": []}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in mine}, "_last": [], "_seats": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, and the group's options are checked against the shapes of its parameters."""
@@ -123,31 +124,48 @@ class SpectralOptimizer(Optimizer):
         calls: dict[tuple[Options, str], tuple[list[Entry], list[str]]] = {}
         retracted = []
         for group in self.param_groups:
-            options = _options(group)
-            decay = group["lr"] * group["weight_decay"]
+            if group["kind"] == "skip":
+                continue
+            options, lr, nonfinite = _options(group), group["lr"], group["nonfinite"]
+            decay, scans = lr * group["weight_decay"], nonfinite == "strict" or self.error_if_nonfinite
+            roles = (*(group[name] for name in _ROLE), str(group["split_sizes"]), group["rule"], options)
+            entries, names = calls.setdefault((options, nonfinite), ([], []))
             for i, p in enumerate(group["params"]):
-                if p.grad is None or group["kind"] == "skip" or p.numel() == 0:
+                grad = p.grad
+                if grad is None or p.numel() == 0:
                     continue
-                check_gradient(p, p.grad, type(self).__name__, _name(group, i))
-                layout = _layout(group, p)
+                if not _fits(p, grad):
+                    check_gradient(p, grad, type(self).__name__, _name(group, i))
                 state = self.state[p] if p in self.state else {}
-                entry = Entry(p, p.grad, state, layout, layout.factors(p.shape, group["rule"]), group["lr"], decay)
-                entries, names = calls.setdefault((options, group["nonfinite"]), ([], []))
+                known = self._seats.get(p)
+                if known is not None and known[0] == roles and known[1].holds(p, state.get("momentum_buffer")):
+                    entry = Entry(p, grad, state, known[2], (), lr, decay, None, known[1])
+                else:
+                    layout = _layout(group, p)
+                    factors = layout.factors(p.shape, group["rule"])
+                    entry = Entry(p, grad, state, layout, factors, lr, decay, roles=roles)
                 entries.append(entry)
-                names.append(_name(group, i))
-                if group["retract"] is not None and layout.kind in ("matrix", "conv"):
-                    retracted.append((p, state, layout, group["retract"], group["seed"]))
+                names.append(_name(group, i) if scans else "")
+                if group["retract"] is not None and entry.layout.kind in ("matrix", "conv"):
+                    retracted.append((p, state, entry.layout, group["retract"], group["seed"]))
         for (_, nonfinite), (entries, names) in calls.items():
             guard(entries, names, nonfinite, self.error_if_nonfinite)
         for (options, _), (entries, _) in calls.items():
             for entry in entries:
-                self._fit(entry, options)
-                prepare(entry.param, entry.state, entry.layout, options, self.momentum_dtype)
+                if entry.seat is None:
+                    self._fit(entry, options)
+                    prepare(entry.param, entry.state, entry.layout, options, self.momentum_dtype)
         self._last = []
         for (options, _), (entries, _) in calls.items():
-            for entry in entries:
+            if not entries:
+                continue
+            new = [entry for entry in entries if entry.seat is None]
+            for entry in new:
                 self.state[entry.param] = entry.state
             outcome = take(entries, options)
+            for entry in new:
+                assert entry.seat is not None
+                self._seats[entry.param] = (entry.roles, entry.seat, entry.layout)
             outcome.names.extend(entry.param for entry in entries)
             self._last.append(outcome)
             for part in outcome.parts:
@@ -273,7 +291,7 @@ class SpectralOptimizer(Optimizer):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         for key, value in self.__dict__.items():
-            new.__dict__[key] = [] if key == "_last" else copy.deepcopy(value, memo)
+            new.__dict__[key] = type(value)() if key in ("_last", "_seats") else copy.deepcopy(value, memo)
         return new
 
 
@@ -282,6 +300,15 @@ def _check(group: dict[str, Any], momentum_dtype: torch.dtype | None = None) -> 
     check_options(**{name: group[name] for name in names}, momentum_dtype=momentum_dtype)
     check_rate("lr", group["lr"])
     check_rate("weight_decay", group["weight_decay"])
+
+
+_ROLE = ("kind", "transposed", "groups", "num_heads")
+
+
+def _fits(p: Tensor, grad: Tensor) -> bool:
+    """The usual gradient, for which check_gradient has nothing to say."""
+    plain = type(grad) is Tensor and type(p) in (Tensor, torch.nn.Parameter) and grad.layout == torch.strided
+    return plain and grad.dtype == p.dtype in arguments.FLOATS and grad.shape == p.shape and grad.device == p.device
 
 
 def _options(group: dict[str, Any]) -> Options:
