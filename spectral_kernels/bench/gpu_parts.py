@@ -42,6 +42,11 @@ class RunOnCuda:
     shrink = 1
     models: dict[str, shapes.Shapes] = {"gpt2-small": shapes.GPT2_SMALL, "minilm": shapes.MINILM}
     spectra: tuple[tuple[int, str], ...] = ((0, "Gaussian"), (16, "16 directions on Gaussian"))
+    # name, matrices and whether the first is an embedding: whole optimizer steps
+    step_models: tuple[tuple[str, shapes.Shapes, bool], ...] = (
+        ("Llama-1B, matrices", shapes.LLAMA_1B[1:], False),
+        ("Llama-1B, all", shapes.LLAMA_1B, True),
+    )
     side = 4096
     steps = 8
     seconds = 1.0
@@ -113,6 +118,7 @@ class Rehearsal(RunOnCuda):
     device = "cpu"
     shrink = 256
     models = {"tiny": ((1, 8, 6), (1, 6, 12))}
+    step_models = (("tiny, matrices", ((1, 8, 6), (1, 6, 12)), False),)
     spectra = ((4, "4 directions on Gaussian"),)
     side = 32
     steps = 2  # the interpreter takes 0.2 s for each
@@ -294,6 +300,3 @@ def step(part: str, place: RunOnCuda, case: Case, left: Callable[[], float], clo
     if wrong:
         return [outcome(part, case.name, "failed", wrong[0]["reason"])], subject, records
     return [outcome(part, case.name, "passed", f"error {records[0]['error']:.1e}")], subject, records
-
-
-PARTS: dict[str, Callable[[RunOnCuda, Callable[[], float]], Iterator[Step]]] = {"host": host, "G1": g1, "G3": g3}

@@ -11,9 +11,8 @@ from torch import Tensor
 from .composites import SAFE_EXPONENT, per_entry, safe_scale, store
 from .contracts import INFO, INFO_COLUMNS, STATS, acc_dtype, counts, sides
 
-
-# Ritz values that the error estimate covers: a value that is about to overtake the leading one from the second place has
-# a large residual while that of the leading one is small (docs/tracking.md).
+# Ritz values that the error estimate covers: a value that is about to overtake the leading one from the second place
+# has a large residual while that of the leading one is small (docs/tracking.md).
 FOLLOWED = 2
 
 
@@ -99,7 +98,7 @@ def tracked_step_(
     info[:, INFO["done"]] = finished.double()
 
     v = V.clone()
-    rayleigh_ritz_, next_block_ = words.rayleigh_ritz_for(reads * b, 1), words.next_block_for(rows)
+    rayleigh_ritz_, next_block_ = words.rayleigh_ritz_for(reads * b, FOLLOWED), words.next_block_for(rows)
     for read in range(reads):
         if read:
             going = info[:, INFO["done"]] == 0

@@ -26,7 +26,9 @@ def rehearse(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess, 
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     checks = json.loads((folder / "checks.json").read_text())
     files = {
-        p.stem: json.loads(p.read_text())["benchmarks"][0]["extra_info"]["records"] for p in folder.glob("*m*.json")
+        p.stem: json.loads(p.read_text())["benchmarks"][0]["extra_info"]["records"]
+        for p in folder.glob("*.json")
+        if p.stem != "checks"
     }
     return done, checks, files
 
@@ -39,9 +41,13 @@ def test_all_parts_over_the_interpreter(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     statuses = {(o["part"], o["check"]): o["status"] for o in checks["outcomes"]}
     assert set(statuses.values()) == {"passed"}
-    assert {part for part, _ in statuses} == {"tests", "host", "G1", "G3"}
+    assert {part for part, _ in statuses} == {"tests", "host", "G1", "G2", "G3"}
     assert ("host", "graph replay equals the eager call: ragged list") in statuses
     assert {r["row"] for r in files["gram_matvec"]} == {"G1"} and {r["row"] for r in files["norm"]} == {"G3"}
+    assert [(r["row"], r["case"]) for r in files["step"]] == [
+        ("G2", "tiny, matrices fp32, captured"),
+        ("G2", "tiny, matrices fp32, eager"),
+    ]
     assert {r["status"] for records in files.values() for r in records} == {"ok"}
     assert checks["environment"]["rehearsal"] is True
 
@@ -56,6 +62,7 @@ def test_a_failing_test_and_a_short_deadline_are_failures(tmp_path):
         "tests": "not run",
         "host": "not run",
         "G1": "not run",
+        "G2": "not run",
         "G3": "not run",
     }
 

@@ -113,7 +113,7 @@ def test_rows_are_images_of_ritz_vectors_and_then_draws(backend, device, dtype, 
         assert ((exact * v[:kept]).sum(1).abs() >= 1 - 5e3 * eps).all()
         fresh_rows = orthonormal(draws(*a.shape, b, int(steps[j]), device), list(v[:kept]))[:fresh]
         assert (fresh_rows - v[kept:]).abs().max() <= 100 * eps if fresh else v.shape[0] == kept
-        assert bound[j] == pytest.approx(exact_bound(a.double(), q[: reads * b].double()), rel=1e3 * eps)
+        assert float(bound[j]) == pytest.approx(exact_bound(a.double(), q[: reads * b].double()), rel=1e3 * eps)
 
 
 def test_draws_are_those_of_their_keys():
@@ -313,6 +313,6 @@ def test_neighbours_and_place_have_no_say(backend, device, dtype):
         if (backend, device) in NATIVE:
             assert same_bits(v.view(4, -1), together[j]) and same_bits(bound[0], results[0][1][j])
         else:
-            assert bound[0] == pytest.approx(float(results[0][1][j]), rel=1e-12)
+            assert float(bound[0]) == pytest.approx(float(results[0][1][j]), rel=1e-12)
             assert ((v.view(4, -1).double() * together[j].double()).sum(1).abs() - (together[j] != 0).any(1).double()
                     ).abs().max() <= 1e4 * torch.finfo(dtype).eps or info[j, INFO["theta"]] == 0  # fmt: skip

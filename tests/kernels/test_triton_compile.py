@@ -35,11 +35,18 @@ WIDTHS = (32, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # those of
 CONFIGURATIONS = [
     *(f"rows {width} {kind}" for width in WIDTHS for kind in ("float32 stats", "float32 plain", "bfloat16 plain")),
     *(f"rows 1024 {kind}" for kind in ("float16 plain", "bfloat16 stats", "float32 strided")),
+    *(f"rows {width} float32 moved" for width in WIDTHS),
+    *(f"rows {width} {kind}" for width in (1024, 2048) for kind in ("bfloat16 moved", "float32 ahead")),
     *(f"{kernel} {dtype} {kind}" for kernel in ("dots", "sums") for dtype in ("float32", "bfloat16")
-      for kind in ("stats", "plain")),
+      for kind in ("stats", "plain", "moved")),
     "add",
     *(f"{kernel} {b}" for kernel in ("finish", "square") for b in (4, 8, 16)),
-    *(f"step {order}" for order in (32, 64, 128)),
+    *(f"step {order} {b}" for order in (32, 64, 128) for b in (4, 8)),
+    *(f"small {order} {b}" for order in (16, 32, 64, 128) for b in (4, 8)),
+    *(f"block {b}" for b in (4, 8)),
+    *(f"norms {cols} {dtype} {form}" for cols in (32, 256, 2048) for dtype, form in (("float32", 0), ("bfloat16", 2))),
+    "norms finish",
+    *(f"apply {dtype} {form}" for dtype in ("float32", "bfloat16") for form in (0, 1, 2)),
 ]  # fmt: skip
 WIDTHS_ELSEWHERE = ("32", "1024", "4096")  # the ends and the middle
 
@@ -52,8 +59,8 @@ def _configurations(target: str) -> list[str]:
 
 JOBS = [(target, configuration) for target in TARGETS for configuration in _configurations(target)]
 POINTERS = {
-    "float32": ("V", "W", "Q", "M", "scale", "partial", "Y", "U", "OUT"),
-    "float64": ("records", "squares", "S", "stats", "T", "info", "Z"),
+    "float32": ("V", "W", "Q", "M", "scale", "partial", "Y", "U", "OUT", "C"),
+    "float64": ("records", "squares", "S", "stats", "T", "info", "Z", "upper", "scratch", "norms", "decay"),
 }
 
 
@@ -62,33 +69,57 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from spectral_kernels.kernels.triton import one_read, rayleigh_ritz, reads
+    from spectral_kernels.kernels.triton import next_block, one_read, rayleigh_ritz, reads, step
 
     hip = TARGETS[target][0] == "hip"
     name, *rest = configuration.split()
+    elements = {str(dtype).removeprefix("torch."): element for dtype, element in one_read.ELEMENTS.items()}
     if name in ("rows", "dots", "sums"):
         *width, dtype, kind = rest
-        element = next(e for torch_dtype, e in one_read.ELEMENTS.items() if str(torch_dtype) == f"torch.{dtype}")
+        element, mode = elements[dtype], {"moved": 9, "ahead": 11}.get(kind, 0)
+        stats, moved = kind == "stats" or mode > 0, mode > 0
         form = one_read.STRIDED if kind == "strided" else one_read.ALIGNED
         if name == "rows":
             config = next(c for c in one_read.ROWS if c.width == int(width[0]))
             size = 4 if dtype == "float32" else 2
-            kernel, options = reads.rows_kernel, one_read.rows_options(config, size, kind == "stats", form, hip)
+            kernel, options = reads.rows_kernel, one_read.rows_options(config, size, stats, form, hip, moved)
         elif name == "dots":
-            kernel, options = reads.dots_kernel, one_read.dots_options(hip)
+            kernel, options = reads.dots_kernel, one_read.dots_options(hip, moved)
         else:
             kernel, options = reads.sums_kernel, one_read.sums_options(hip)
-        options = {**options, "ELEMENT": element, "STATS": kind == "stats", "FORM": form}
+        options = {**options, "ELEMENT": element, "GRADIENT": element, "STATS": stats, "FORM": form, "MOMENTUM": mode}
     elif name == "add":
         kernel, options = reads.add_kernel, dict(one_read.ADD_OPTIONS)
     elif name == "finish":
         kernel, options = reads.finish_kernel, {**one_read.ADD_OPTIONS, "B": int(rest[0])}
     elif name == "square":
         kernel, options = reads.square_kernel, {**one_read.SQUARE_OPTIONS, "B": int(rest[0])}
+    elif name == "small":
+        kernel, options = next_block.small_kernel, next_block.small_options(int(rest[0]), int(rest[1]), hip)
+    elif name == "block":
+        kernel, options = next_block.block_kernel, next_block.block_options(16, int(rest[0]), hip)
+    elif configuration == "norms finish":
+        kernel, options = step.norms_finish_kernel, {"num_warps": 4}
+    elif name in ("norms", "apply"):
+        *cols, dtype, form = rest
+        options = {"ELEMENT": elements[dtype], "GRADIENT": elements[dtype], "FORM": int(form), "AHEAD": True}
+        if name == "norms":
+            rows = next(rows for _, rows, tile in step.TILES if tile == int(cols[0]))
+            kernel, options = step.norms_kernel, {**options, **step.norms_options(rows, int(cols[0]), int(form))}
+            options |= {"UPDATE": True, "PROPAGATE": False}
+        else:
+            kernel, options = step.apply_kernel, {**options, **step.APPLY_OPTIONS}
+            options |= {"PARAMETER": elements[dtype], "ACC": elements["float32"]}
     else:
-        kernel, options = rayleigh_ritz.step_kernel, dict(rayleigh_ritz.step_options(hip)) | {"ORDER": int(rest[0])}
+        kernel, options = rayleigh_ritz.step_kernel, dict(rayleigh_ritz.step_options(hip))
+        options |= {"ORDER": int(rest[0]), "B": int(rest[1])}
     constants = {key: options.pop(key) for key in list(options) if key in kernel.arg_names}
-    types = {"table": "*i64", "skip": "*u8", "tol": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types = {"table": "*i64", "work": "*i64", "places": "*i64", "skip": "*u8", "found": "*i32"}
+    types |= {"tol": "fp32", "beta": "fp32", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
+    if name == "block":
+        types["step"] = "*i64"
+    elif name == "apply":
+        types["size"] = "*fp32"
     types |= dict.fromkeys(POINTERS["float32"], "*fp32") | dict.fromkeys(POINTERS["float64"], "*fp64")
     signature = {key: types.get(key, "i32") for key in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
@@ -110,6 +141,7 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
     result["spills"] = int(re.search(r"STACK:(\d+)", usage)[1])
     ptx = made.asm["ptx"]
     result["wide"] = len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*0x(?:10|8)\b", ptx))
+    result["wide"] += len(re.findall(r"ld\.global\S*\.v4", ptx)) if name in ("norms", "apply") else 0
     result["tensor"] = len(re.findall(r"mma\.sync\S*tf32", ptx))
     return result
 
@@ -160,12 +192,17 @@ def test_compiles(compiled, target: str, configuration: str) -> None:
         allowed = 64  # bytes: 56 for 64 columns with Triton 3.6, 8 for 128 with 3.7
     elif (target, configuration) == ("sm_80", "add"):
         allowed = 8
+    elif configuration.startswith(("small", "block")) and target != "gfx942":
+        allowed = 16  # around the subroutines of float64
+    elif configuration.startswith("rows") and configuration.endswith(("ahead", "moved")):
+        allowed = 32 if configuration.endswith("ahead") else 0 if target == "sm_90" else 16  # M, G, V and W
     elif configuration.startswith("rows") and configuration.endswith("float16 plain"):
         # none with Triton 3.6; 3.9 spills up to 112 bytes (AMD: 10 registers) where four rows share a reduction, which
         # is faster than two rows without: 75 against 71 % of the copy's bandwidth at 2048 columns
         allowed = 16 if target == "gfx942" else 112
     assert result["spills"] <= allowed, result
-    if target != "gfx942" and configuration.startswith(("rows", "dots", "sums")) and "strided" not in configuration:
+    aligned = "strided" not in configuration and not configuration.endswith((" 1", " 2", "finish"))
+    if target != "gfx942" and configuration.startswith(("rows", "dots", "sums", "norms", "apply")) and aligned:
         assert result["wide"] > 0, "the aligned kinds must load 8 or 16 bytes at once"
     if target != "gfx942" and configuration.startswith("step"):
         assert result["tensor"] > 0
@@ -173,8 +210,9 @@ def test_compiles(compiled, target: str, configuration: str) -> None:
 
 def test_configurations_are_those_of_the_launchers() -> None:
     """The lists above are complete: read from the sources, since this process may not import Triton."""
-    source = (KERNELS / "triton" / "rayleigh_ritz.py").read_text()
-    assert f"ORDERS = {tuple(int(c.split()[1]) for c in CONFIGURATIONS if c.startswith('step'))}" in source
+    for name, file in (("step", "rayleigh_ritz"), ("small", "next_block")):
+        orders = sorted({int(c.split()[1]) for c in CONFIGURATIONS if c.startswith(name)})
+        assert f"ORDERS = {tuple(orders)}" in (KERNELS / "triton" / f"{file}.py").read_text()
     elements = re.search(r"ELEMENTS = \{(.*)\}", (KERNELS / "triton" / "one_read.py").read_text())[1]
     rows = [c.split() for c in CONFIGURATIONS if c.startswith("rows")]
     assert set(re.findall(r"torch\.(\w+):", elements)) == {row[2] for row in rows}

@@ -224,21 +224,21 @@ def test_a_list_seen_before_sends_nothing() -> None:
 
 def test_forms_and_launches_depend_on_layout_and_width() -> None:
     """Wide loads only where every address that a thread computes is a multiple of their size."""
-    assert one_read._form(64, 48, 48, 1, 4) == one_read.ALIGNED
-    assert one_read._form(68, 48, 48, 1, 4) == one_read.UNIT
-    assert one_read._form(64, 47, 48, 1, 4) == one_read.UNIT
-    assert one_read._form(64, 48, 47, 1, 4) == one_read.UNIT
-    assert one_read._form(64, 48, 48, 2, 4) == one_read.STRIDED
+    assert one_read.form_of(64, 48, 48, 1) == one_read.ALIGNED
+    assert one_read.form_of(68, 48, 48, 1) == one_read.UNIT
+    assert one_read.form_of(64, 47, 48, 1) == one_read.UNIT
+    assert one_read.form_of(64, 48, 47, 1) == one_read.UNIT
+    assert one_read.form_of(64, 48, 48, 2) == one_read.STRIDED
 
     def launched(a: Tensor, b: int = 4) -> list[str]:
-        return [launch.kernel for launch in one_read._describe([a], b)[1].launches]
+        return [launch.kernel for launch in one_read._describe([a], b, None)[1].launches]
 
     assert launched(torch.empty(1, 8, 4096)) == ["rows", "finish"]
     assert launched(torch.empty(1, 8, 4096), 5) == ["rows", "square", "finish"]
     assert launched(torch.empty(1, 8, 4097)) == ["long dots", "long sums", "square", "finish"]
     assert launched(torch.empty(1, 9, 8).mT) == ["column sums", "add", "column dots", "square", "finish"]
     assert launched(torch.empty(1, 0, 8)) == launched(torch.empty(1, 8, 0)) == ["finish"]
-    widths = {one_read._describe([torch.empty(1, 3, c.width)], 4)[1].launches[0].config for c in one_read.ROWS}
+    widths = {one_read._describe([torch.empty(1, 3, c.width)], 4, None)[1].launches[0].config for c in one_read.ROWS}
     assert widths == set(range(len(one_read.ROWS)))
 
 

@@ -95,8 +95,9 @@ def close_infos(ours: Tensor, theirs: Tensor) -> None:
         (lambda: [torch.randn(1, 12, 4100)], 4, 2, 1),
         (lambda: [torch.randn(1, 200, 70)], 1, 4, 1),
         (lambda: [clustered(80, [1.0])], 4, 9, 1),
+        (lambda: [torch.randn(1, 70, 40), torch.randn(1, 30, 600)], 8, 2, 2),
     ],
-    ids=["ragged", "rank 3", "n 600 b 3", "n 4100", "b 1", "36 columns"],
+    ids=["ragged", "rank 3", "n 600 b 3", "n 4100", "b 1", "36 columns", "b 8"],
 )
 def test_steps_follow_the_reference(make, b: int, steps: int, rank: int) -> None:
     run = Run(make(), b, steps, rank)

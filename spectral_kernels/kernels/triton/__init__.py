@@ -5,6 +5,7 @@ Triton itself is imported with the first call of a word, not with this package.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -12,9 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WORDS = ("gram_matvec", "rayleigh_ritz_")
+# word -> the module of this package that has it
+WORDS = {
+    "gram_matvec": "one_read",
+    "rayleigh_ritz_": "rayleigh_ritz",
+    "momentum_gram_matvec_": "momentum",
+    "momentum_norms_": "step",
+    "apply_update_": "step",
+    "next_block_": "next_block",
+}
 rank_limit = 15  # Ritz values that rayleigh_ritz_ follows
-column_limit = 128  # basis columns (K = columns + b) of rayleigh_ritz_, one tile of registers
+# basis columns: K = columns + b of rayleigh_ritz_, one tile of registers; rows of T of next_block_
+column_limit = 128
 
 
 def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | None:
@@ -30,11 +40,8 @@ def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | N
         return "TRITON_INTERPRET=1 is set: the interpreter reads CPU tensors only"
     if device_type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, not on {device_type}"
-    if word == "gram_matvec":
-        from .one_read import supports as of_word
-    else:
-        from .rayleigh_ritz import supports as of_word
-    return of_word(dtype, b)
+    reason: str | None = importlib.import_module(f".{WORDS[word]}", __name__).supports(dtype, b)
+    return reason
 
 
 def gram_matvec(
@@ -63,3 +70,70 @@ def rayleigh_ritz_(
     from .rayleigh_ritz import rayleigh_ritz_ as kernel
 
     kernel(n, Q, V, T, info, W, S, scale, b, columns, rank, tol, min_reads)
+
+
+def momentum_gram_matvec_(
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    V: Tensor,
+    scale: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+    nesterov: bool,
+    update: bool,
+    propagate: bool,
+    b: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .momentum import momentum_gram_matvec_ as kernel
+
+    return kernel(M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b)
+
+
+def momentum_norms_(
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    scale: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+    nesterov: bool,
+    update: bool,
+    propagate: bool,
+) -> Tensor:
+    from .step import momentum_norms_ as kernel
+
+    return kernel(M, G, scale, skip, beta, alpha, nesterov, update, propagate)
+
+
+def apply_update_(
+    P: Sequence[Tensor],
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    size: Tensor,
+    scale: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+) -> None:
+    from .step import apply_update_ as kernel
+
+    kernel(P, M, G, size, scale, decay, skip, beta, alpha)
+
+
+def next_block_(
+    m: Sequence[int],
+    n: Sequence[int],
+    Q: Tensor,
+    T: Tensor,
+    info: Tensor,
+    V: Tensor,
+    step: Tensor,
+    b: int,
+    fresh: int,
+    seed: int,
+) -> Tensor:
+    from .next_block import next_block_ as kernel
+
+    return kernel(m, n, Q, T, info, V, step, b, fresh, seed)

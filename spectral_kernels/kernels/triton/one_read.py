@@ -71,12 +71,14 @@ def _warps(warps: int, hip: bool) -> int:
     return max(1, warps // 2) if hip else warps  # AMD: 64 lanes each
 
 
-def rows_options(config: Rows, itemsize: int, stats: bool, form: int = ALIGNED, hip: bool = HIP) -> dict[str, int]:
-    """How `rows_kernel` is compiled. Rows of a tile share a reduction; statistics and strides need their registers."""
+def rows_options(
+    config: Rows, itemsize: int, stats: bool, form: int = ALIGNED, hip: bool = HIP, moved: bool = False
+) -> dict[str, int]:
+    """How `rows_kernel` is compiled. Rows of a tile share a reduction; statistics, strides, G take registers."""
     rows = 8 if config.tiles * config.cols <= 128 else 2 if stats or (config.tiles == 4 and itemsize == 4) else 4
     if stats and config.tiles in (1, 4):
         rows = 4 if config.tiles == 1 else 1
-    if form == STRIDED and config.tiles > 1:
+    if (form == STRIDED and config.tiles > 1) or (moved and config.tiles > 2):
         rows = 1
     return {
         "TILES": config.tiles,
@@ -88,9 +90,9 @@ def rows_options(config: Rows, itemsize: int, stats: bool, form: int = ALIGNED, 
     }
 
 
-def dots_options(hip: bool = HIP) -> dict[str, int]:
-    stages = 2 if hip else 3
-    return {"COLS": 512, "ROWS": DOT_ROWS, "STAGES": stages, "num_warps": _warps(4, hip), "enable_fp_fusion": True}
+def dots_options(hip: bool = HIP, moved: bool = False) -> dict[str, int]:
+    stages, cols = 2 if hip else 3, 256 if moved else 512
+    return {"COLS": cols, "ROWS": DOT_ROWS, "STAGES": stages, "num_warps": _warps(4, hip), "enable_fp_fusion": True}
 
 
 def sums_options(hip: bool = HIP) -> dict[str, int]:
@@ -102,7 +104,7 @@ ADD_OPTIONS = {"CHUNKS": 128, "WIDTH": WIDTH, "num_warps": 4, "enable_fp_fusion"
 SQUARE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def _form(address: int, entries: int, ld: int, step: int, itemsize: int) -> int:
+def form_of(address: int, entries: int, ld: int, step: int) -> int:
     if step != 1 and entries > 1:
         return STRIDED
     return ALIGNED if address % 16 == 0 and entries % 4 == 0 and ld % 4 == 0 else UNIT
@@ -133,8 +135,27 @@ class Plan(NamedTuple):
 ORDER = ("rows", "long dots", "column sums", "add", "column dots", "long sums", "square", "finish")
 
 
-def _describe(A: Sequence[Tensor], b: int) -> tuple[list[int], Plan]:
-    """The table: the fields of every matrix, then the items of every launch."""
+def by_columns(a: Tensor) -> bool:
+    """Is the stack stored column by column?"""
+    return a.stride(1) == 1 and a.stride(2) != 1 and a.shape[1] > 1
+
+
+class Momentum(NamedTuple):
+    """What a read with a momentum stage needs beside M: MOMENTUM of reads.py, G's places and form of every matrix.
+
+    With mode 0 M is read alone, in the tiles and the order of a read with the stage: the same bits.
+    """
+
+    mode: int
+    beta: float
+    alpha: float
+    element: Any
+    places: Tensor
+    forms: tuple[int, ...]
+
+
+def _describe(A: Sequence[Tensor], b: int, forms: tuple[int, ...] | None) -> tuple[list[int], Plan]:
+    """The table: the fields of every matrix, then the items of every launch. forms: of G, where it is read too."""
     fields: list[int] = []
     work: dict[tuple[str, int, int], list[tuple[int, int, int]]] = {}  # launch -> (entries of an item, matrix, items)
 
@@ -145,7 +166,7 @@ def _describe(A: Sequence[Tensor], b: int) -> tuple[list[int], Plan]:
     for a in A:
         k, m, n = a.shape
         size, sm, sn = a.element_size(), a.stride(1), a.stride(2)
-        column = sm == 1 and sn != 1 and m > 1
+        column = by_columns(a)
         rows, entries, ld, step = (n, m, sn, sm) if column else (m, n, sm, sn)
         config = next((place for place, c in enumerate(ROWS) if n <= c.width), -1)
         kind = "column" if column else "rows" if config >= 0 else "long"
@@ -160,7 +181,7 @@ def _describe(A: Sequence[Tensor], b: int) -> tuple[list[int], Plan]:
         pieces = chunks if inside else -(-m // PIECE) if m * n else 0
         for i in range(k):
             address = a.data_ptr() + i * a.stride(0) * size
-            form = _form(address, entries, ld, step, size)
+            form = max(form_of(address, entries, ld, step), forms[j] if forms else ALIGNED)
             fields += (address, rows, entries, ld, step, part, chunks, v, y, partial, record, records)
             fields += (square, pieces, m, n)
             if kind == "rows":
@@ -189,6 +210,20 @@ def gram_matvec(
     A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W = A'(A V), S = (A V)'(A V), statistics of the first read; see contracts.py. No host sync."""
+    return read(A, V, scale, skip, b, with_stats, with_y, None)
+
+
+def read(
+    A: Sequence[Tensor],
+    V: Tensor,
+    scale: Tensor,
+    skip: Tensor | None,
+    b: int,
+    with_stats: bool,
+    with_y: bool,
+    momentum: Momentum | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gram_matvec` of A, or of what a momentum stage makes of A and G; M may be updated for blocks of one group."""
     N = counts(A)
     W = torch.empty_like(V)
     S = V.new_empty((N, b, b), dtype=torch.float64)
@@ -196,35 +231,46 @@ def gram_matvec(
     if N == 0:
         return W, S, stats, V.new_empty(0)
     dtype = A[0].dtype
-    key = ("gram_matvec", b, dtype, tuple((a.data_ptr(), a.shape, a.stride()) for a in A))
-    described = table(key, V.device, lambda: _describe(A, b))
+    forms = None if momentum is None else momentum.forms
+    key = ("gram_matvec", b, dtype, forms, tuple((a.data_ptr(), a.shape, a.stride()) for a in A))
+    described = table(key, V.device, lambda: _describe(A, b, forms))
     plan: Plan = described.sizes
     # no program writes the Y of a skipped matrix or of one without columns, which is 0
     fill = torch.zeros if with_y and (skip is not None or plan.hollow) else torch.empty
     Y = fill(plan.y, dtype=V.dtype, device=V.device)
     partial = V.new_empty(plan.partial)
     wide = 4 if b <= GROUP else 8 if b <= 8 else 16
-    small = V.new_empty(2 * plan.records + wide * wide * plan.squares, dtype=torch.float64)
-    records, squares = small[: 2 * plan.records], small[2 * plan.records :]
+    small = V.new_empty(4 * plan.records + wide * wide * plan.squares, dtype=torch.float64)
+    records, squares = small[: 4 * plan.records], small[4 * plan.records :]
     gone = (described.tensor if skip is None else skip).view(torch.uint8)
     groups = -(-b // GROUP)
     common: dict[str, Any] = {"table": described.tensor, "skip": gone, "b": b, "has_skip": int(skip is not None)}
-    reading = {"scale": scale, "ELEMENT": ELEMENTS[dtype]}
+    reading = {"scale": scale, "ELEMENT": ELEMENTS[dtype], "GRADIENT": ELEMENTS[dtype]}
+    reading |= {"places": described.tensor, "beta": 0.0, "alpha": 0.0, "MOMENTUM": 0}
+    mode, moved = 0, momentum is not None  # mode: of a second pass, M is up to date
+    if momentum is not None and momentum.mode:
+        reading |= {"places": momentum.places, "beta": momentum.beta, "alpha": momentum.alpha}
+        reading |= {"GRADIENT": momentum.element, "MOMENTUM": momentum.mode}
+        mode = momentum.mode & ~1 if momentum.mode & 2 else 0
     with on(V.device):
         for kernel, config, form, start, items in plan.launches:
             many = groups if kernel.split()[-1] in ("rows", "dots", "sums") else 1
             grid, here = (items * many,), {**common, "items": start, "groups": many}
             first = {**here, **reading, "STATS": with_stats, "FORM": form}
-            second = {**first, "STATS": False}
+            second = {**first, "STATS": False, "MOMENTUM": mode}
             if kernel == "rows":
                 rows_kernel[grid](
                     V=V, partial=partial, records=records, squares=squares, Y=Y, **first,
-                    **rows_options(ROWS[config], A[0].element_size(), with_stats, form),
+                    **rows_options(ROWS[config], A[0].element_size(), with_stats, form, moved=moved),
                 )  # fmt: skip
             elif kernel == "long dots":
-                dots_kernel[grid](U=V, OUT=Y, records=records, source=V_AT, target=Y_AT, **first, **dots_options())
+                dots_kernel[grid](
+                    U=V, OUT=Y, records=records, source=V_AT, target=Y_AT, **first, **dots_options(moved=moved)
+                )
             elif kernel == "column dots":
-                dots_kernel[grid](U=Y, OUT=W, records=records, source=Y_AT, target=V_AT, **second, **dots_options())
+                dots_kernel[grid](
+                    U=Y, OUT=W, records=records, source=Y_AT, target=V_AT, **second, **dots_options(moved=moved)
+                )
             elif kernel == "column sums":
                 sums_kernel[grid](U=V, partial=partial, records=records, source=V_AT, **first, **sums_options())
             elif kernel == "long sums":

@@ -13,39 +13,39 @@ COLLINEAR = tl.constexpr(1 / 16)  # the square of that quarter
 
 
 @triton.jit
-def _composed(r, R):
-    """r R, of (1, 4, 4): the coefficients after one more round."""
-    total = tl.zeros((1, 4, 4), tl.float64)
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    for k in range(4):
-        left = tl.sum(tl.where(j == k, r, 0.0), axis=2, keep_dims=True)  # (1, 4, 1)
+def _composed(r, R, B: tl.constexpr):
+    """r R, of (1, B, B): the coefficients after one more round."""
+    total = tl.zeros((1, B, B), tl.float64)
+    i = tl.arange(0, B)[None, :, None]
+    j = tl.arange(0, B)[None, None, :]
+    for k in range(B):
+        left = tl.sum(tl.where(j == k, r, 0.0), axis=2, keep_dims=True)  # (1, B, 1)
         total += left * tl.sum(tl.where(i == k, R, 0.0), axis=1, keep_dims=True)
     return total
 
 
 @triton.jit
-def _least(R, floor):
-    """(1, 4, 1): how long a row that was already scaled by 1 / R_cc must stay."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
+def _least(R, floor, B: tl.constexpr):
+    """(1, B, 1): how long a row that was already scaled by 1 / R_cc must stay."""
+    i = tl.arange(0, B)[None, :, None]
+    j = tl.arange(0, B)[None, None, :]
     scale = tl.sum(tl.where(i == j, R, 0.0), axis=2, keep_dims=True)
     return floor / tl.where(scale > 0, scale, 1.0)
 
 
 @triton.jit
-def _within(X, least):
-    """Gram-Schmidt of the rows of X (1, 4, COLS), in place, each twice against those before: X, R (1, 4, 4) with
+def _within(X, least, B: tl.constexpr):
+    """Gram-Schmidt of the rows of X (1, B, COLS), in place, each twice against those before: X, R (1, B, B) with
     X before = R'X after, and whether a row lost most of itself: what is left of that may lie in the basis."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    R = tl.zeros((1, 4, 4), tl.float64)
+    i = tl.arange(0, B)[None, :, None]
+    j = tl.arange(0, B)[None, None, :]
+    R = tl.zeros((1, B, B), tl.float64)
     again = 0
-    for c in range(4):
+    for c in range(B):
         w = tl.sum(tl.where(i == c, X, 0.0), axis=1, keep_dims=True)  # (1, 1, COLS)
         before = tl.sum(tl.sum(tl.sum(w * w, axis=2), axis=1), axis=0)
         for _ in range(2):
-            h = tl.where(i < c, tl.sum(w * X, axis=2, keep_dims=True), 0.0)  # (1, 4, 1)
+            h = tl.where(i < c, tl.sum(w * X, axis=2, keep_dims=True), 0.0)  # (1, B, 1)
             w -= tl.sum(h * X, axis=1, keep_dims=True)
             R += tl.where(j == c, h.to(tl.float64), 0.0)
         square = w.to(tl.float64)
@@ -60,10 +60,10 @@ def _within(X, least):
 
 
 @triton.jit
-def orthonormalize(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
+def orthonormalize(q, w, v, n, K, b, floor, B: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """X and R of a block whose rows fit in registers; X goes to rows [K, K + b) of Q and to V."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
+    i = tl.arange(0, B)[None, :, None]
+    j = tl.arange(0, B)[None, None, :]
     c = tl.arange(0, COLS)[None, None, :]
     keep = (i < b) & (c < n)
     X = tl.load(w + i * n + c, mask=keep, other=0.0)
@@ -77,27 +77,27 @@ def orthonormalize(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constex
                 for start in range(0, K, ROWS):
                     k = start + tl.arange(0, ROWS)[:, None, None]
                     rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)  # (ROWS, 1, COLS)
-                    h = tl.sum(rows * X, axis=2, keep_dims=True)  # (ROWS, 4, 1)
+                    h = tl.sum(rows * X, axis=2, keep_dims=True)  # (ROWS, B, 1)
                     X -= tl.sum(rows * h, axis=0, keep_dims=True)
-            X, r, again = _within(X, _least(R, floor))
-            R = _composed(r, R)
+            X, r, again = _within(X, _least(R, floor, B), B)
+            R = _composed(r, R, B)
     tl.store(q + K.to(tl.int64) * n + i * n + c, X, mask=keep)
     tl.store(v + i * n + c, X, mask=keep)
     return R
 
 
 @triton.jit
-def _within_long(x, n, b, least, COLS: tl.constexpr):
+def _within_long(x, n, b, least, B: tl.constexpr, COLS: tl.constexpr):
     """`_within` for rows in memory; barriers where threads read others' stores."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
-    R = tl.zeros((1, 4, 4), tl.float64)
+    i = tl.arange(0, B)[None, :, None]
+    j = tl.arange(0, B)[None, None, :]
+    R = tl.zeros((1, B, B), tl.float64)
     again = 0
     for row in range(0, b):
         before = tl.zeros((1, 1, 1), tl.float64)
         square = tl.zeros((1, 1, 1), tl.float64)
         for _ in range(2):
-            h = tl.zeros((1, 4, 1), tl.float32)
+            h = tl.zeros((1, B, 1), tl.float32)
             for first in range(0, n, COLS):
                 c = first + tl.arange(0, COLS)[None, None, :]
                 X = tl.load(x + i * n + c, mask=(i <= row) & (c < n), other=0.0)
@@ -130,12 +130,12 @@ def _within_long(x, n, b, least, COLS: tl.constexpr):
 
 
 @triton.jit
-def orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.constexpr):
+def orthonormalize_long(q, w, v, n, K, b, floor, B: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """`orthonormalize` for longer rows, in place in rows [K, K + b) of Q."""
-    i = tl.arange(0, 4)[None, :, None]
-    j = tl.arange(0, 4)[None, None, :]
+    i = tl.arange(0, B)[None, :, None]
+    j = tl.arange(0, B)[None, None, :]
     x = q + K.to(tl.int64) * n
-    longest = tl.zeros((1, 4), tl.float32)
+    longest = tl.zeros((1, B), tl.float32)
     for first in range(0, n, COLS):
         c = first + tl.arange(0, COLS)[None, None, :]
         X = tl.load(w + i * n + c, mask=(i < b) & (c < n), other=0.0)
@@ -150,7 +150,7 @@ def orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.co
             for _sweep in range(2):
                 for start in range(0, K, ROWS):
                     k = start + tl.arange(0, ROWS)[:, None, None]
-                    h = tl.zeros((ROWS, 4, 1), tl.float32)
+                    h = tl.zeros((ROWS, B, 1), tl.float32)
                     for first in range(0, n, COLS):
                         c = first + tl.arange(0, COLS)[None, None, :]
                         rows = tl.load(q + k.to(tl.int64) * n + c, mask=(k < K) & (c < n), other=0.0)
@@ -164,8 +164,8 @@ def orthonormalize_long(q, w, v, n, K, b, floor, ROWS: tl.constexpr, COLS: tl.co
                         X -= tl.sum(rows * h, axis=0, keep_dims=True)
                         tl.store(x + i * n + c, X, mask=(i < b) & (c < n))
                     tl.debug_barrier()
-            r, again = _within_long(x, n, b, _least(R, floor), COLS)
-            R = _composed(r, R)
+            r, again = _within_long(x, n, b, _least(R, floor, B), B, COLS)
+            R = _composed(r, R, B)
     for first in range(0, n, COLS):
         c = first + tl.arange(0, COLS)[None, None, :]
         keep = (i < b) & (c < n)

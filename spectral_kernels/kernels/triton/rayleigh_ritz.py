@@ -115,7 +115,7 @@ def _pair(P, z, M, ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.const
 ])  # fmt: skip
 def step_kernel(
     table, Q, V, T, info, W, S, scale, Z, M, b, columns, order, rank, tol, min_reads,
-    ORDER: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER: tl.constexpr, B: tl.constexpr, SLICE: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one matrix. `order`: rows of T and of Q; ORDER: the power of two that holds K = columns + b."""
     j = tl.program_id(0).to(tl.int64)
@@ -134,13 +134,13 @@ def step_kernel(
         diagonal += tl.load(s + (d - columns) * (b + 1), mask=(d >= columns) & (d < K), other=0.0)
         floor = tl.max(diagonal, axis=0) * (8 * EPS)
         if n <= 512:
-            R = orthonormalize(q, w, v, n, K, b, floor, 8, 512)
-        elif n <= 4096:
-            R = orthonormalize(q, w, v, n, K, b, floor, 1, 4096)
+            R = orthonormalize(q, w, v, n, K, b, floor, B, 32 // B, 512)
+        elif n <= 16384 // B:
+            R = orthonormalize(q, w, v, n, K, b, floor, B, 1, 16384 // B)
         else:
-            R = orthonormalize_long(q, w, v, n, K, b, floor, 16, 256)
+            R = orthonormalize_long(q, w, v, n, K, b, floor, B, 4, 4096 // B)
 
-        last = tl.arange(0, 4)[None, None, :]
+        last = tl.arange(0, B)[None, None, :]
         P = Z + j * (ORDER + 1) * ORDER  # scratch: T without the pairs found, and the last pair's vector
         z = P + ORDER * ORDER
         _projected(P, t, s, columns, K, b, order, ORDER)
@@ -152,7 +152,7 @@ def step_kernel(
             if p < K:
                 theta, inner = _pair(P, z, M + j * 2 * ORDER * ORDER, ORDER, SLICE, SQUARINGS, PRECISION)
                 end = tl.load(z + columns + last, mask=last < b, other=0.0)
-                outer = tl.sum(R * end, axis=2, keep_dims=True)  # (1, 4, 1)
+                outer = tl.sum(R * end, axis=2, keep_dims=True)  # (1, B, 1)
                 outer = tl.sum(tl.sum(tl.sum(outer * outer, axis=2), axis=1), axis=0)
                 thetas = tl.where(p16 == p, theta, thetas)
                 squares = tl.where(p16 == p, inner + outer, squares)
@@ -166,15 +166,15 @@ def step_kernel(
         error = tl.where(residual > 0, 0.5 * residual * residual / tl.where(near > 0, near, 1.0), 0.0)
         error = tl.max(tl.where(p16 < pairs, error, 0.0), axis=0)
         rho = tl.sum(tl.where(p16 == 0, residual, 0.0), axis=0)
-        x = tl.arange(0, 4)[None, :, None]
-        y = tl.arange(0, 4)[None, None, :]
+        x = tl.arange(0, B)[None, :, None]
+        y = tl.arange(0, B)[None, None, :]
         fresh = tl.max(tl.max(tl.max(tl.where(x == y, R, 0.0), axis=2), axis=1), axis=0)
-        S4 = 0.5 * (
+        corner = 0.5 * (
             tl.load(s + x * b + y, mask=(x < b) & (y < b), other=0.0)
             + tl.load(s + y * b + x, mask=(x < b) & (y < b), other=0.0)
         )
         diagonal = tl.where(d < columns, diagonal, 0.0)
-        trace = tl.sum(diagonal, axis=0) + tl.sum(tl.sum(tl.sum(tl.where(x == y, S4, 0.0), axis=2), axis=1), axis=0)
+        trace = tl.sum(diagonal, axis=0) + tl.sum(tl.sum(tl.sum(tl.where(x == y, corner, 0.0), axis=2), axis=1), axis=0)
         hidden = tl.load(row + 8) - trace > 0.5 * theta
         enough = K >= b * (min_reads + hidden.to(tl.int32))
         done = (theta <= 0) | (enough & (10 * error <= tol) & (tol > 0)) | (K >= n) | (fresh <= 0)
@@ -186,18 +186,18 @@ def step_kernel(
         tl.store(row + 11, trace)
         tl.store(row + 12, K.to(tl.float64))
         block = (x < b) & (y < b)
-        tl.store(t + (columns + x) * order + columns + y, S4, mask=block)
+        tl.store(t + (columns + x) * order + columns + y, corner, mask=block)
         tl.store(t + (K + x) * order + columns + y, R, mask=block)
         tl.store(t + (columns + y) * order + K + x, R, mask=block)
 
 
-# Configurations: 8 warps, so that a block of W at n = 4096 is 64 of the 255 registers of a thread. T goes through
+# Configurations: 8 warps, so that four columns of W at n = 4096 are 64 of the 255 registers of a thread. T goes through
 # memory in slices of 16 rows, products are of 32 x 16 by 16 x ORDER; with 32 for 16, ORDER 128 spills (Triton 3.6).
-# One compilation per power of two above K. Nothing here has been timed on a GPU yet.
+# One compilation per power of two above K and per 4 or 8 columns, the latter with rows half as long in registers.
 ORDERS = (32, 64, 128)
 SQUARINGS = 20
 RANK_LIMIT = 15  # with the next one, 16 Ritz values
-BLOCK_LIMIT = 4
+BLOCK_LIMIT = 8
 HIP = torch.version.hip is not None
 
 
@@ -253,7 +253,7 @@ def rayleigh_ritz_(
     with on(V.device):
         step_kernel[(len(n),)](
             described.tensor, Q, V, T, info, W, S, scale, Z, M, b, columns, T.shape[1], rank, tol, min_reads,
-            ORDER=order, **step_options(),
+            ORDER=order, B=4 if b <= 4 else 8, **step_options(),
         )  # fmt: skip
 
 

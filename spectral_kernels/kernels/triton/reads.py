@@ -2,24 +2,18 @@
 
 A matrix is seen as I rows of K entries, `ld` apart, `step` between entries; `table` holds FIELDS numbers of each.
 V, W, Y are flat blocks (b, size); programs of the other columns of a block stand next to each other in the launch, so
-that L2 serves all but the first of them.
+that L2 serves all but the first of them. With MOMENTUM what is read is X of momentum_tile.py, in the registers in which
+M and G arrive; the pass that updates M stores it, and its rounded entries are what it goes on with.
 """
 
 import triton
 import triton.language as tl
 
+from .momentum_tile import gradient, load
+
 # address, I, K, ld, step, rows a chunk, chunks, places of V, Y, partial, records; records, place of S, pieces, m, n
 FIELDS = tl.constexpr(16)
-# FORM: 0 step 1 and everything in multiples of 4 entries, so that loads are wide; 1 step 1; 2 any step
-
-
-@triton.jit
-def _load(here, c, step, keep, FORM: tl.constexpr):
-    """Entries c of rows that begin at `here`, zeros where not `keep`."""
-    if FORM == 2:
-        return tl.load(here + c.to(tl.int64) * step, mask=keep, other=0.0).to(tl.float32)
-    else:
-        return tl.load(here + c, mask=keep, other=0.0).to(tl.float32)
+RECORD = tl.constexpr(4)  # ||.||_F^2, largest entry, NaN and inf flags of a program of the first pass
 
 
 @triton.jit
@@ -30,18 +24,25 @@ def _statistics(x, s, squares, largest):
 
 
 @triton.jit
-def _record(records, squares, largest):
+def _record(records, squares, largest, flags, MOMENTUM: tl.constexpr):
     """Axis by axis: the last of the widest in float64."""
     total = tl.sum(tl.sum(tl.sum(squares.to(tl.float64), axis=2), axis=1), axis=0)
+    amax = tl.max(tl.max(tl.max(largest, axis=2), axis=1), axis=0).to(tl.float64)
     tl.store(records, total)
-    tl.store(records + 1, tl.max(tl.max(tl.max(largest, axis=2), axis=1), axis=0).to(tl.float64))
+    tl.store(records + 1, amax)
+    if MOMENTUM != 0:
+        tl.store(records + 2, tl.max(tl.max(tl.max(flags & 1, axis=2), axis=1), axis=0).to(tl.float64))
+        tl.store(records + 3, tl.max(tl.max(tl.max(flags >> 1, axis=2), axis=1), axis=0).to(tl.float64))
+    else:
+        tl.store(records + 2, (total != total).to(tl.float64))
+        tl.store(records + 3, (amax == float("inf")).to(tl.float64))
 
 
 @triton.jit
 def _pass(
-    base, ld, step, first, stop, m, n, scale, v, y, w, records, group, b,
-    TILES: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr, STATS: tl.constexpr,
-    STAGES: tl.constexpr,
+    base, ld, step, first, stop, m, n, scale, v, y, w, records, group, b, places, j, beta, alpha,
+    ELEMENT: tl.constexpr, GRADIENT: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+    FORM: tl.constexpr, STATS: tl.constexpr, MOMENTUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Y and the partial W of rows [first, stop): whole rows in TILES tiles, V and W in registers."""
     i = group * 4 + tl.arange(0, 4)[None, :, None]
@@ -57,25 +58,34 @@ def _pass(
     if TILES > 3:
         V3 = tl.load(v + i * n + c + 3 * COLS, mask=(i < b) & (c + 3 * COLS < n), other=0.0)
         W3 = tl.zeros((1, 4, COLS), tl.float32)
+    flags = tl.zeros((1, 1, 1), tl.int32)
     if STATS:
         squares = tl.zeros((ROWS, 1, COLS), tl.float32)
         largest = tl.zeros((ROWS, 1, COLS), tl.float32)
+    if MOMENTUM != 0:
+        flags = tl.zeros((ROWS, 1, COLS), tl.int32)
+    g_base, g_ld, g_step = gradient(places, j, GRADIENT, FORM, MOMENTUM)
     for start in tl.range(first, stop, ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)[:, None, None]
         here = base + r.to(tl.int64) * ld
-        x0 = _load(here, c, step, (r < stop) & (c < n), FORM)
+        there = g_base + r.to(tl.int64) * g_ld
+        keep = (r < stop) & (c < n)
+        x0, flags = load(here, c, step, there, g_step, keep, flags, beta, alpha, ELEMENT, FORM, MOMENTUM)
         s0 = x0 * scale
         P = s0 * V0
         if TILES > 1:
-            x1 = _load(here, c + COLS, step, (r < stop) & (c + COLS < n), FORM)
+            keep = (r < stop) & (c + COLS < n)
+            x1, flags = load(here, c + COLS, step, there, g_step, keep, flags, beta, alpha, ELEMENT, FORM, MOMENTUM)
             s1 = x1 * scale
             P += s1 * V1
         if TILES > 2:
-            x2 = _load(here, c + 2 * COLS, step, (r < stop) & (c + 2 * COLS < n), FORM)
+            keep = (r < stop) & (c + 2 * COLS < n)
+            x2, flags = load(here, c + 2 * COLS, step, there, g_step, keep, flags, beta, alpha, ELEMENT, FORM, MOMENTUM)
             s2 = x2 * scale
             P += s2 * V2
         if TILES > 3:
-            x3 = _load(here, c + 3 * COLS, step, (r < stop) & (c + 3 * COLS < n), FORM)
+            keep = (r < stop) & (c + 3 * COLS < n)
+            x3, flags = load(here, c + 3 * COLS, step, there, g_step, keep, flags, beta, alpha, ELEMENT, FORM, MOMENTUM)
             s3 = x3 * scale
             P += s3 * V3
         if STATS:
@@ -104,7 +114,7 @@ def _pass(
         tl.store(w + i * n + c + 3 * COLS, W3, mask=(i < b) & (c + 3 * COLS < n))
     if STATS:
         if group == 0:
-            _record(records, squares, largest)
+            _record(records, squares, largest, flags, MOMENTUM)
 
 
 @triton.jit
@@ -148,13 +158,16 @@ def _matrix(mine, ELEMENT: tl.constexpr, FORM: tl.constexpr):
 
 
 _SCALARS = ["items", "groups", "b", "has_skip"]
+_MOMENTUM = ["places", "beta", "alpha"]
 
 
-@triton.jit(do_not_specialize=["table", "V", "scale", "skip", "partial", "records", "squares", "Y", *_SCALARS])
+@triton.jit(do_not_specialize=[
+    "table", "V", "scale", "skip", "partial", "records", "squares", "Y", *_SCALARS, *_MOMENTUM,
+])  # fmt: skip
 def rows_kernel(
-    table, V, scale, skip, partial, records, squares, Y, items, groups, b, has_skip,
-    ELEMENT: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr,
-    STATS: tl.constexpr, STAGES: tl.constexpr,
+    table, V, scale, skip, partial, records, squares, Y, items, groups, b, has_skip, places, beta, alpha,
+    ELEMENT: tl.constexpr, GRADIENT: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+    FORM: tl.constexpr, STATS: tl.constexpr, MOMENTUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One read: Y, and W as one partial sum per chunk of rows. Rows of at most TILES * COLS entries."""
     j, chunk, group, read = _item(table, items, groups, skip, has_skip)
@@ -166,19 +179,21 @@ def rows_kernel(
         y = Y + tl.load(mine + 8)
         _pass(
             base, ld, step, first, stop, m, n, tl.load(scale + j), V + tl.load(mine + 7), y,
-            partial + tl.load(mine + 9) + chunk.to(tl.int64) * b * n, records + 2 * (tl.load(mine + 10) + chunk),
-            group, b, TILES, COLS, ROWS, FORM, STATS, STAGES,
+            partial + tl.load(mine + 9) + chunk.to(tl.int64) * b * n, records + RECORD * (tl.load(mine + 10) + chunk),
+            group, b, places, j, beta, alpha, ELEMENT, GRADIENT, TILES, COLS, ROWS, FORM, STATS, MOMENTUM, STAGES,
         )  # fmt: skip
         if groups == 1:
             tl.debug_barrier()  # S comes from the Y that all threads of this program have written
             _square(y, first, stop, m, b, squares + (tl.load(mine + 12) + chunk) * 16, 4, 32)
 
 
-@triton.jit(do_not_specialize=["table", "U", "scale", "skip", "records", "OUT", "source", "target", *_SCALARS])
+@triton.jit(do_not_specialize=[
+    "table", "U", "scale", "skip", "records", "OUT", "source", "target", *_SCALARS, *_MOMENTUM,
+])  # fmt: skip
 def dots_kernel(
-    table, U, scale, skip, records, OUT, source, target, items, groups, b, has_skip,
-    ELEMENT: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr, STATS: tl.constexpr,
-    STAGES: tl.constexpr,
+    table, U, scale, skip, records, OUT, source, target, items, groups, b, has_skip, places, beta, alpha,
+    ELEMENT: tl.constexpr, GRADIENT: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr,
+    STATS: tl.constexpr, MOMENTUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT (b, I) = U (b, K) (scale A)': whole rows. `source`, `target`: the fields with the places of U and OUT."""
     j, chunk, group, read = _item(table, items, groups, skip, has_skip)
@@ -189,14 +204,18 @@ def dots_kernel(
     r = chunk * ROWS + tl.arange(0, ROWS)[:, None, None]
     i = group * 4 + tl.arange(0, 4)[None, :, None]
     here = base + r.to(tl.int64) * ld
+    g_base, g_ld, g_step = gradient(places, j, GRADIENT, FORM, MOMENTUM)
+    there = g_base + r.to(tl.int64) * g_ld
     if read == 0:
         n = 0
     P = tl.zeros((ROWS, 4, COLS), tl.float32)
     squares = tl.zeros((ROWS, 1, COLS), tl.float32)
     largest = tl.zeros((ROWS, 1, COLS), tl.float32)
+    flags = tl.zeros((ROWS, 1, COLS), tl.int32)
     for start in tl.range(0, n, COLS, num_stages=STAGES):
         c = start + tl.arange(0, COLS)[None, None, :]
-        x = _load(here, c, step, (r < rows) & (c < n), FORM)
+        keep = (r < rows) & (c < n)
+        x, flags = load(here, c, step, there, g_step, keep, flags, beta, alpha, ELEMENT, FORM, MOMENTUM)
         s = x * f
         P += s * tl.load(u + i * n + c, mask=(i < b) & (c < n), other=0.0)
         if STATS:
@@ -205,14 +224,16 @@ def dots_kernel(
     tl.store(OUT + tl.load(mine + target) + i * rows + r, out, mask=(i < b) & (r < rows))
     if STATS:
         if group == 0:
-            _record(records + 2 * (tl.load(mine + 10) + chunk), squares, largest)
+            _record(records + RECORD * (tl.load(mine + 10) + chunk), squares, largest, flags, MOMENTUM)
 
 
-@triton.jit(do_not_specialize=["table", "U", "scale", "skip", "partial", "records", "source", *_SCALARS])
+@triton.jit(do_not_specialize=[
+    "table", "U", "scale", "skip", "partial", "records", "source", *_SCALARS, *_MOMENTUM,
+])  # fmt: skip
 def sums_kernel(
-    table, U, scale, skip, partial, records, source, items, groups, b, has_skip,
-    ELEMENT: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr, STATS: tl.constexpr,
-    STAGES: tl.constexpr,
+    table, U, scale, skip, partial, records, source, items, groups, b, has_skip, places, beta, alpha,
+    ELEMENT: tl.constexpr, GRADIENT: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr,
+    STATS: tl.constexpr, MOMENTUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial (chunk, b, K) = U (b, I) (scale A) over a chunk of rows and COLS columns."""
     j, item, group, read = _item(table, items, groups, skip, has_skip)
@@ -230,10 +251,15 @@ def sums_kernel(
         total = tl.zeros((1, 4, COLS), tl.float32)
         squares = tl.zeros((1, 1, COLS), tl.float32)
         largest = tl.zeros((1, 1, COLS), tl.float32)
+        flags = tl.zeros((1, 1, COLS), tl.int32)
+        g_base, g_ld, g_step = gradient(places, j, GRADIENT, FORM, MOMENTUM)
         for start in tl.range(first, stop, ROWS, num_stages=STAGES):
             for k in tl.static_range(ROWS):
                 r = start + tl.full((1, 1, 1), k, tl.int32)
-                x = _load(base + r.to(tl.int64) * ld, c, step, (r < stop) & (c < n), FORM)
+                here = base + r.to(tl.int64) * ld
+                there = g_base + r.to(tl.int64) * g_ld
+                keep = (r < stop) & (c < n)
+                x, flags = load(here, c, step, there, g_step, keep, flags, beta, alpha, ELEMENT, FORM, MOMENTUM)
                 s = x * f
                 total += s * tl.load(u + i * rows + r, mask=(i < b) & (r < stop), other=0.0)
                 if STATS:
@@ -242,7 +268,7 @@ def sums_kernel(
         tl.store(out + i * n + c, total, mask=(i < b) & (c < n))
         if STATS:
             if group == 0:
-                _record(records + 2 * (tl.load(mine + 10) + item), squares, largest)
+                _record(records + RECORD * (tl.load(mine + 10) + item), squares, largest, flags, MOMENTUM)
 
 
 @triton.jit(do_not_specialize=["table", "skip", "squares", "Y", "rows", *_SCALARS])
@@ -298,17 +324,19 @@ def _small(table, j, read, records, squares, S, stats, b, with_stats, B: tl.cons
     count = tl.load(mine + 11).to(tl.int32) * read * with_stats
     frob2 = tl.zeros((256,), tl.float64)
     amax = tl.zeros((256,), tl.float64)
+    nan = tl.zeros((256,), tl.float64)
+    inf = tl.zeros((256,), tl.float64)
     for start in range(0, count, 256):
         k = start + tl.arange(0, 256)
-        here = records + 2 * (tl.load(mine + 10) + k)
+        here = records + RECORD * (tl.load(mine + 10) + k)
         frob2 += tl.load(here, mask=k < count, other=0.0)
         amax = tl.maximum(amax, tl.load(here + 1, mask=k < count, other=0.0))
-    frob2 = tl.sum(frob2, axis=0)
-    amax = tl.max(amax, axis=0)
-    tl.store(stats + 4 * j, frob2)
-    tl.store(stats + 4 * j + 1, amax)
-    tl.store(stats + 4 * j + 2, (frob2 != frob2).to(tl.float64))
-    tl.store(stats + 4 * j + 3, (amax == float("inf")).to(tl.float64))
+        nan = tl.maximum(nan, tl.load(here + 2, mask=k < count, other=0.0))
+        inf = tl.maximum(inf, tl.load(here + 3, mask=k < count, other=0.0))
+    tl.store(stats + 4 * j, tl.sum(frob2, axis=0))
+    tl.store(stats + 4 * j + 1, tl.max(amax, axis=0))
+    tl.store(stats + 4 * j + 2, tl.max(nan, axis=0))
+    tl.store(stats + 4 * j + 3, tl.max(inf, axis=0))
 
 
 @triton.jit(do_not_specialize=[
