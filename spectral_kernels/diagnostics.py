@@ -107,7 +107,7 @@ class SpectralMonitor:
         """Take the hook off the optimizer; so does the end of the monitor's life."""
         self._detach()
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def row(self) -> dict[str, float]:
         """A row now, in whichever step; it begins the next interval. One transfer to the host."""
@@ -132,10 +132,12 @@ class SpectralMonitor:
                     _merge(known[key], found)
         return self._flat(watched, known, float(host[difference][0]))
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
-    def _collect(self, optimizer: SpectralOptimizer) -> None:
+    def _collect(self, optimizer: SpectralOptimizer | None) -> None:
         """Count reads and errors of a step, on the device."""
+        if optimizer is None:
+            return
         for outcome in optimizer._last:
             for part in outcome.parts:
                 if part.info.is_cuda and torch.cuda.is_current_stream_capturing():

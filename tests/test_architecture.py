@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,3 +161,11 @@ def test_files_stay_short():
     }
     assert lengths, "no sources found"
     assert {name: lines for name, lines in lengths.items() if lines > LIMIT} == {}
+
+
+def test_the_optimizer_does_not_import_the_compiler():
+    """Triton decides with its first import whether kernels are interpreted; torch's compiler would import it."""
+    modules = "spectral_kernels.optim.spectral, spectral_kernels.diagnostics"
+    code = f"import sys, {modules}; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -119,7 +119,7 @@ class SpectralOptimizer(Optimizer):
         self._step()
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch's optimizers do; torch.compiler.disable imports the compiler at once
     def _step(self) -> None:
         calls: dict[tuple[Options, str], tuple[list[Entry], list[str]]] = {}
         retracted = []
