@@ -11,19 +11,17 @@ from torch import Tensor
 
 import spectral_kernels as sk
 
-from .cases import Case, Goal, Problem, relative_error
+from .cases import Case, Goal, Problem
+from .cases_step import ADAMW, LIMIT, sigma_error
 from .gpu_parts import CASE_SECONDS, Outcome, RunOnCuda, Step, outcome, step
-from .rivals import exact
 from .shapes import Shapes
 
-ADAMW = "AdamW(fused=True)"
 TARGET = 1 / 0.9  # a step takes at most 0.9 of AdamW's time
 SETS = 4  # of gradients, taken in turn
 RANK, TURN = 8, 0.02  # directions of a gradient, and by how much they turn from one set to the next
 # Noise of as much energy as the directions, new in every step, would leave (1 - 0.95) / (1 + 0.95) of its energy in the
 # momentum, relative to theirs; that of four sets in turn leaves a quarter.
 NOISE = (4 * 0.05 / 1.95) ** 0.5
-LIMIT = 0.01  # of the norms that a step divided by
 CHECKED = 4  # matrices compared with their SVD
 
 
@@ -92,12 +90,6 @@ class Steps:
         return self.optimizer
 
 
-def sigma_error(optimizer: Any) -> float:
-    found = [(p, info) for p, info in optimizer.last_step() if info.tracked]
-    chosen = found[:: max(1, len(found) // CHECKED)]
-    return max(relative_error(i.sigma, exact(optimizer.state[p]["momentum_buffer"][None])) for p, i in chosen)
-
-
 def problem(place: RunOnCuda, shapes: Shapes, embedding: bool, captured: bool) -> Problem:
     model = Model(shapes, place.device)
     theirs = Model(shapes[:0], place.device)
@@ -113,7 +105,7 @@ def problem(place: RunOnCuda, shapes: Shapes, embedding: bool, captured: bool) -
     return Problem(
         ours=ours,
         rivals={ADAMW: rival},
-        error=lambda _: sigma_error(ours.latest()),
+        error=lambda _: sigma_error(ours.latest(), CHECKED),
         limit=LIMIT,
         checks={ADAMW: lambda _: 0.0 if all(bool(p.isfinite().all()) for p in theirs.parameters) else float("inf")},
         settings={ADAMW: f"{100 * (ours.reads - 1):.0f} % of our matrices were read a second time"},

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.layout import kind_of
 from . import environment
 from .measure import rounded
 from .rivals import exact
@@ -94,7 +95,7 @@ def observed(optimizer: Any, names: Mapping[Any, str]) -> list[Observation]:
     found = []
     for parameter, info in optimizer.last_step():
         group = group_of[parameter]
-        kind = group.get("kind") or ("vector", "vector", "matrix", "matrix", "conv", "conv")[parameter.ndim]
+        kind = group.get("kind") or kind_of(parameter.shape)
         if kind not in ("matrix", "conv"):
             continue
         buffer = optimizer.state[parameter].get("momentum_buffer")

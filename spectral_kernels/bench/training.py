@@ -89,21 +89,9 @@ def convnet(width: int, norm: str = "batch") -> nn.Sequential:
 
 def kinds(model: nn.Module) -> dict[str, str]:
     """Name of every parameter -> what it is: "matrix", "conv", "embedding", "gain" or "vector", from its module."""
-    found: dict[str, str] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if isinstance(module, nn.Embedding):
-                kind = "embedding"
-            elif parameter.ndim >= 4:
-                kind = "conv"
-            elif parameter.ndim >= 2:
-                kind = "matrix"
-            elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)) and name.endswith("weight"):
-                kind = "gain"
-            else:
-                kind = "vector"
-            found[name] = kind
-    return found
+    from ..optim.modules import named_roles
+
+    return {entry.name: entry.role.kind for entry in named_roles(model)}
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -153,18 +153,20 @@ class Words:
 
     def rayleigh_ritz_for(self, columns: int, rank: int) -> Callable[..., Any]:
         """rayleigh_ritz_ of the first backend that serves a basis of so many columns and this rank."""
-        chosen = self.choice("rayleigh_ritz_")
-        kernel = table()["rayleigh_ritz_"][chosen.backend]
-        beyond = (kernel.column_limit is not None and columns > kernel.column_limit) or (
-            kernel.rank_limit is not None and rank > kernel.rank_limit
-        )
-        return reference.rayleigh_ritz_ if beyond else chosen.fn
+        return self._within("rayleigh_ritz_", columns, rank)
 
     def next_block_for(self, rows: int) -> Callable[..., Any]:
         """next_block_ of the first backend that serves a basis of so many rows, the next block included."""
-        chosen = self.choice("next_block_")
-        limit = table()["next_block_"][chosen.backend].column_limit
-        return reference_step.next_block_ if limit is not None and rows > limit else chosen.fn
+        return self._within("next_block_", rows)
+
+    def _within(self, word: str, columns: int, rank: int = 0) -> Callable[..., Any]:
+        """The chosen kernel, or the reference beyond its limits."""
+        chosen, rows = self.choice(word), table()[word]
+        kernel = rows[chosen.backend]
+        limits = ((kernel.column_limit, columns), (kernel.rank_limit, rank))
+        if any(limit is not None and wanted > limit for limit, wanted in limits):
+            return rows["reference"].fn  # type: ignore[return-value]
+        return chosen.fn
 
     def __getattr__(self, word: str) -> Callable[..., Any]:
         if word not in WORDS:

@@ -65,6 +65,8 @@ class Seat:
     norms: list[int]  # the norm of every matrix, a column of NORMS
     factors: list[float]
     plain: bool  # one matrix, as it is stored
+    layout: Layout
+    made_for: Any  # as its entry has it
     warm: bool = False  # the block has seen the matrix
 
     def holds(self, param: Tensor, buffer: Tensor | None) -> bool:
@@ -86,7 +88,7 @@ class Entry:
     decay: float | Tensor
     skip: Tensor | None = None  # () bool on the device: leave the parameter and its state alone
     seat: Seat | None = None  # filled in by `take`; a caller may bring that of the step before
-    roles: Any = None  # what a caller made the seat for
+    made_for: Any = None  # what else a seat depends on, kept with it for its caller to compare
 
 
 class Result(NamedTuple):
@@ -230,6 +232,8 @@ def seat(entry: Entry, options: Options) -> Seat:
         [{"gain": NORMS["amax"], "embedding": NORMS["row2"]}.get(layout.kind, NORMS["frob2"])] * count,
         [factor for factor, x in zip(entry.factors, M, strict=True) for _ in range(x.shape[0])],
         layout == Layout("matrix") and param.ndim == 2 and not turned[0],
+        layout,
+        entry.made_for,
     )
 
 
@@ -267,15 +271,8 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 def _per_matrix(values: Sequence[float | Tensor], counts: Sequence[int], device: torch.device) -> Tensor:
     """(N,) float64 from one number or one-element tensor per entry."""
-    if not any(isinstance(v, Tensor) for v in values):
-        if len(set(values)) == 1:
-            return torch.full((sum(counts),), float(values[0]), dtype=torch.float64, device=device)
-        return torch.cat(
-            [
-                torch.full((c,), float(v), dtype=torch.float64, device=device)
-                for v, c in zip(values, counts, strict=True)
-            ]
-        )
+    if not any(isinstance(v, Tensor) for v in values) and len(set(values)) == 1:
+        return torch.full((sum(counts),), float(values[0]), dtype=torch.float64, device=device)
     parts = []
     for value, count in zip(values, counts, strict=True):
         x = value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
@@ -328,7 +325,9 @@ def _tracked(
     blocks = [s["block"] for s in states]
     parts = V.split([x.numel() for x in blocks])
     torch._foreach_copy_(blocks, [part.view(x.shape) for part, x in zip(parts, blocks, strict=True)])
-    return info, bound, *_held(info, size, skip, owner, len(states), options.propagate)
+    bad = (info[:, INFO["nan"]] + info[:, INFO["inf"]]) > 0
+    held = hold_back(bad, skip, owner, options.propagate)
+    return info, bound, *_held(held, size, owner, len(states))
 
 
 def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -344,49 +343,45 @@ def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tupl
     norms = words.momentum_norms_(M, G, scale, skip, *moved, True, options.propagate)
     amax = norms[:, NORMS["amax"]]
     at, again = rescale(scale, amax, acc)
-    bad = (norms[:, NORMS["nan"]] > 0) | (norms[:, NORMS["inf"]] > 0)
+    flags = norms[:, NORMS["nan"] : NORMS["inf"] + 1]  # a repeated pass sees the cleaned momentum
+    bad = (flags > 0).any(1)
     if first.device.type != "cpu" or bool(again.any()):
         second = words.momentum_norms_(M, G, at, ~again, *moved, False, options.propagate)
         norms = torch.where(again[:, None], second, norms)
-    info = _info(norms, bad, at, again)
+    info = _info(norms, flags, at, again)
     columns = _constant(tuple(bucket.norms), torch.int64, first.device)
     chosen = norms.gather(1, columns[:, None])[:, 0]
     norm = torch.where(columns == NORMS["amax"], amax * at.double(), chosen.sqrt())  # of scale * X
     moves = norm > 0
     ratio = torch.where(moves, size / torch.where(moves, norm, 1), 0)
     value = norm / at.double()
-    gone = hold_back(bad, skip, owner, options.propagate)
+    held = hold_back(bad, skip, owner, options.propagate)
     if options.propagate:
         ratio, value = (torch.where(bad, torch.nan, x) for x in (ratio, value))
     info[:, INFO["sigma"]] = value
     words.apply_update_(
-        P, M, G if options.nesterov else [], ratio.to(acc), at, decay, gone, options.momentum, options.alpha
+        P, M, G if options.nesterov else [], ratio.to(acc), at, decay, held, options.momentum, options.alpha
     )
     kept = (amax == 0) if skip is None else skip | (amax == 0)
     new = torch.stack((torch.where(kept, trackers[:, 0], at.double()), trackers[:, 1]), 1)
     torch._foreach_copy_([s["tracker"] for s in states], list(new.split(bucket.counts)))
-    return info, value, *_held(info, size, skip, owner, len(states), options.propagate)
+    return info, value, *_held(held, size, owner, len(states))
 
 
-def _held(
-    info: Tensor, size: Tensor, skip: Tensor | None, owner: Tensor | None, entries: int, propagate: bool
-) -> tuple[Tensor, Tensor]:
-    """size (N,) with 0 for what was held back, and the number of entries () int64 that were."""
-    bad = (info[:, INFO["nan"]] + info[:, INFO["inf"]]) > 0
-    if propagate:
-        return size, bad.new_zeros((), dtype=torch.int64)
-    bad = bad if skip is None else bad | skip
-    if owner is None:
-        return torch.where(bad, 0, size), bad.sum()
-    held = torch.zeros(entries, dtype=torch.int64, device=bad.device).index_add_(0, owner, bad.long()) > 0
-    return torch.where(held[owner], 0, size), held.sum()
+def _held(held: Tensor | None, size: Tensor, owner: Tensor | None, entries: int) -> tuple[Tensor, Tensor]:
+    """size (N,) with 0 for the matrices that were held back, and the number of entries () int64 that were."""
+    if held is None:
+        return size, size.new_zeros((), dtype=torch.int64)
+    each = held if owner is None else torch.zeros(entries, device=held.device).index_add_(0, owner, held.float()) > 0
+    return torch.where(held, 0, size), each.sum()
 
 
-def _info(norms: Tensor, bad: Tensor, at: Tensor, again: Tensor) -> Tensor:
+def _info(norms: Tensor, flags: Tensor, at: Tensor, again: Tensor) -> Tensor:
+    """Rows of info for matrices without a block; flags (N, 2): NaN, inf."""
     info = norms.new_zeros((norms.shape[0], INFO_COLUMNS))
-    for name in ("frob2", "amax", "nan", "inf"):
+    for name in ("frob2", "amax"):
         info[:, INFO[name]] = norms[:, NORMS[name]]
-    info[:, INFO["nan"]], info[:, INFO["inf"]] = info[:, INFO["nan"]] * bad, info[:, INFO["inf"]] * bad
+    info[:, INFO["nan"]], info[:, INFO["inf"]] = flags.unbind(1)
     info[:, INFO["reads"]] = 1.0 + again.double()
     info[:, INFO["scale"]] = at.double()
     info[:, INFO["done"]] = 1.0

@@ -47,7 +47,8 @@ class SpectralOptimizer(Optimizer):
     before anything changes. momentum_dtype: None, that of the parameter. seed: of the blocks' random directions.
 
     A group may carry kind ("matrix", "conv", "vector", "gain", "embedding", "skip"), transposed, groups, num_heads or
-    split_sizes: see ops/layout.py, and docs/optimizer.md for what is divided by which norm. Steps never wait for a GPU.
+    split_sizes: see ops/layout.py, and docs/optimizer.md for what is divided by which norm. Steps never
+    wait for a GPU, but for error_if_nonfinite and retract.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class SpectralOptimizer(Optimizer):
         self._names = list(params.names) if isinstance(params, ParamGroups) else []  # in the order of the groups
         self._skipped: dict[torch.device, Tensor] = {}
         self._last: list[Outcome] = []
-        self._seats: dict[Tensor, tuple[Any, Seat, Layout]] = {}  # with what they were made for
+        self._seats: dict[Tensor, Seat] = {}
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "direction": direction, "rule": rule,
             "weight_decay": weight_decay, "block": block, "safety": safety, "retract": retract,
@@ -138,12 +139,12 @@ class SpectralOptimizer(Optimizer):
                     check_gradient(p, grad, type(self).__name__, _name(group, i))
                 state = self.state[p] if p in self.state else {}
                 known = self._seats.get(p)
-                if known is not None and known[0] == roles and known[1].holds(p, state.get("momentum_buffer")):
-                    entry = Entry(p, grad, state, known[2], (), lr, decay, None, known[1])
+                if known is not None and known.made_for == roles and known.holds(p, state.get("momentum_buffer")):
+                    entry = Entry(p, grad, state, known.layout, known.factors, lr, decay, seat=known)
                 else:
                     layout = _layout(group, p)
                     factors = layout.factors(p.shape, group["rule"])
-                    entry = Entry(p, grad, state, layout, factors, lr, decay, roles=roles)
+                    entry = Entry(p, grad, state, layout, factors, lr, decay, made_for=roles)
                 entries.append(entry)
                 names.append(_name(group, i) if scans else "")
                 if group["retract"] is not None and entry.layout.kind in ("matrix", "conv"):
@@ -165,7 +166,7 @@ class SpectralOptimizer(Optimizer):
             outcome = take(entries, options)
             for entry in new:
                 assert entry.seat is not None
-                self._seats[entry.param] = (entry.roles, entry.seat, entry.layout)
+                self._seats[entry.param] = entry.seat
             outcome.names.extend(entry.param for entry in entries)
             self._last.append(outcome)
             for part in outcome.parts:
@@ -176,7 +177,7 @@ class SpectralOptimizer(Optimizer):
 
     @staticmethod
     def _fit(entry: Entry, options: Options) -> None:
-        """A block of another width, or for another seed's list of matrices, is started anew, with a warning."""
+        """A block that does not fit the matrices, of another width above all, is started anew, with a warning."""
         block = entry.state.get("block")
         if block is None:
             return

@@ -13,6 +13,7 @@ from spectral_kernels.bench import tracking, tracking_page
 from spectral_kernels.bench.tracking import Run, Trace, WarmPower, matrices_of, observed, shortfall, spread_of, summary
 from spectral_kernels.bench.training import Spikes, groups, task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "tracking.md"
 RESULT = ROOT / "benchmarks" / "results" / "tracking.json"
@@ -22,14 +23,6 @@ except ImportError as error:
     NO_OPTIMIZER = f"SpectralOptimizer cannot be imported: {error}"
 else:
     NO_OPTIMIZER = ""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def doubles(*values: float) -> torch.Tensor:

@@ -11,19 +11,12 @@ from torch import nn
 from spectral_kernels.bench import training_data as data
 from spectral_kernels.bench.training import Spikes, Task, convnet, groups, kinds, spike_, task, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"transformer": 32, "mlp": 48, "convnet": 8}
 
 
 def adamw(run: Task, lr: float = 3e-3) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups(run.model), lr)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_text_is_a_few_hundred_kilobytes_over_a_fixed_vocabulary():

@@ -13,18 +13,11 @@ from benchmarks import report, training_page
 from benchmarks import training as study
 from spectral_kernels.bench.training import task, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "training.json"
 CASE = study.Case("mlp", 16, 12, {"AdamW": 2**-7, "SGD": 2**-3, "Muon": 2**-6})
 METHODS = ("AdamW", "SGD", "Muon")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- Muon

@@ -372,3 +372,15 @@ def test_the_size_of_gradients_does_not_matter(dtype, scale):
         found.append(x.detach().double())
         assert spectral(found[-1]) == pytest.approx(0.2 * math.sqrt(24 / 16), rel=0.02)
     torch.testing.assert_close(*found, rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(7,), (9, 6)], ids=str)
+def test_a_bad_gradient_counts_at_every_scale(shape):
+    """Tiny entries are read twice; the second time the momentum is clean, and the flags are those of the first."""
+    p = nn.Parameter(torch.ones(shape))
+    opt = SpectralOptimizer([p], lr=0.1)
+    p.grad = torch.full(shape, 1e-12)
+    p.grad.view(-1)[2] = math.nan
+    opt.step()
+    assert int(opt.skipped) == 1 and bool((p == 1).all())
+    assert all(float(info.size.sum()) == 0 for _, info in opt.last_step())
