@@ -67,16 +67,22 @@ int64_t together_above(int64_t entry) {
 
 template <class T>
 void momentum_gram_matvec_typed(const Ragged& list, const T* v, const std::vector<double>& scale, const std::vector<char>& skip,
-                                const How& how, int64_t b, T* w, double* s, double* stats) {
+                                const How& how, int64_t b, T* w, double* s, double* stats, T* y) {
   const int64_t b4 = multiple_of_4(b);
+  std::vector<int64_t> rows;
+  for (int64_t total = 0; const sk::Matrix& a : list.m) {
+    rows.push_back(total);
+    total += a.m;
+  }
   schedule(list.sizes, [&](int64_t i, bool parallel) {
     const sk::Matrix& a = list.m[i];
-    T* wi = w + list.at[i] * b;
+    T *wi = w + list.at[i] * b, *yi = y ? y + rows[i] * b : nullptr;
     double *si = s + i * b * b, *st = stats + i * 4;
     if (skip[i]) {
       std::fill(wi, wi + b * a.n, T(0));
       std::fill(si, si + b * b, 0.0);
       std::fill(st, st + 4, 0.0);
+      if (yi) std::fill(yi, yi + b * a.m, T(0));
       return;
     }
     const int64_t ldn = sk::padded(a.n);
@@ -84,7 +90,7 @@ void momentum_gram_matvec_typed(const Ragged& list, const T* v, const std::vecto
     for (int64_t c = 0; c < b; ++c) std::copy_n(v + list.at[i] * b + c * a.n, a.n, vp.data() + c * ldn);
     const sk::Momentum<T> move = how.of<T>(list.g[i]);
     sk::Read<T> read;
-    sk::gram_read<T>(a, T(scale[i]), b, b4, ldn, vp.data(), wp.data(), nullptr, true, parallel, read, &move);
+    sk::gram_read<T>(a, T(scale[i]), b, b4, ldn, vp.data(), wp.data(), yi, true, parallel, read, &move);
     for (int64_t c = 0; c < b; ++c) {
       std::copy_n(wp.data() + c * ldn, a.n, wi + c * a.n);
       for (int64_t d = 0; d < b; ++d) si[c * b + d] = read.s[c * b4 + d];
@@ -96,24 +102,28 @@ void momentum_gram_matvec_typed(const Ragged& list, const T* v, const std::vecto
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> momentum_gram_matvec_(std::vector<Tensor> M, std::vector<Tensor> G, Tensor V, Tensor scale,
-                                                         std::optional<Tensor> skip, double beta, double alpha, bool nesterov,
-                                                         bool update, bool propagate, int64_t b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> momentum_gram_matvec_(std::vector<Tensor> M, std::vector<Tensor> G, Tensor V,
+                                                                 Tensor scale, std::optional<Tensor> skip, double beta,
+                                                                 double alpha, bool nesterov, bool update, bool propagate,
+                                                                 int64_t b, bool with_y) {
   const Ragged list(M, G, update);
   list.check(list.g);
   const int64_t N = list.count();
   const Tensor v = torch::stable::contiguous(V);
   Tensor W = like(V, {v.numel()}, V.scalar_type()), S = like(V, {N, b, b}, ScalarType::Double);
-  Tensor stats = like(V, {N, 4}, ScalarType::Double);
+  int64_t total = 0;
+  for (const sk::Matrix& a : list.m) total += a.m;
+  Tensor stats = like(V, {N, 4}, ScalarType::Double), Y = like(V, {with_y ? total * b : 0}, V.scalar_type());
   const How how{beta, alpha, nesterov, update, propagate};
   auto call = [&](auto zero) {
     using T = decltype(zero);
     momentum_gram_matvec_typed<T>(list, static_cast<const T*>(v.const_data_ptr()), numbers(scale), flags(skip, N), how, b,
                                   static_cast<T*>(W.mutable_data_ptr()), static_cast<double*>(S.mutable_data_ptr()),
-                                  static_cast<double*>(stats.mutable_data_ptr()));
+                                  static_cast<double*>(stats.mutable_data_ptr()),
+                                  with_y ? static_cast<T*>(Y.mutable_data_ptr()) : nullptr);
   };
   V.scalar_type() == ScalarType::Double ? call(double()) : call(float());
-  return {W, S, stats};
+  return {W, S, stats, Y};
 }
 
 Tensor momentum_norms_(std::vector<Tensor> M, std::vector<Tensor> G, Tensor scale, std::optional<Tensor> skip, double beta,
@@ -140,7 +150,8 @@ Tensor momentum_norms_(std::vector<Tensor> M, std::vector<Tensor> G, Tensor scal
 }
 
 void apply_update_(std::vector<Tensor> P, std::vector<Tensor> M, std::vector<Tensor> G, Tensor size, Tensor scale, Tensor decay,
-                   std::optional<Tensor> skip, double beta, double alpha) {
+                   std::optional<Tensor> skip, double beta, double alpha, std::optional<Tensor> L, std::optional<Tensor> R,
+                   int64_t r) {
   const Ragged list(M, G, false);
   const auto parameters = matrices(P, true);
   list.check(parameters);

@@ -8,7 +8,8 @@
 namespace sk {
 
 // columns of info, as in contracts.py
-enum Info { kSigma, kTheta, kRho, kError, kReads, kDone, kNan, kInf, kFrob2, kAmax, kScale, kTrace, kColumns, kInfoColumns };
+enum Info { kSigma, kTheta, kRho, kError, kReads, kDone, kNan, kInf, kFrob2, kAmax, kScale, kTrace, kColumns, kTau, kOutside,
+            kBeyond, kInfoColumns };
 
 constexpr double kSafety = 10;  // the error estimate times this must be below tol (docs/accuracy.md)
 

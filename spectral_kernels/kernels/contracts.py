@@ -37,8 +37,11 @@ INFO = {
     "scale": 10,  # the power of two at which the matrix was read
     "trace": 11,  # * trace of T
     "columns": 12,  # basis columns in use (rows of Q, order of T)
+    "tau": 13,  # * clip_: the value at which singular values are clipped; 0 elsewhere
+    "outside": 14,  # * clip_: squared Frobenius norm of what the block does not reach
+    "beyond": 15,  # clip_: 1 where the threshold would clip more values than the block holds, and tau is larger
 }
-INFO_COLUMNS = 13
+INFO_COLUMNS = 16
 STATS = {"frob2": 0, "amax": 1, "nan": 2, "inf": 3}  # columns of `stats` (N, 4), float64
 NORMS = {**STATS, "row2": 4}  # columns of the result of `momentum_norms_` (N, 5), float64
 
@@ -160,19 +163,18 @@ def _krylov_norm_fake(A, b, steps, cap, tol, min_reads, seed):
 #              True: such entries enter M and X, as in torch's optimizers
 #   V, scale, b as in gram_matvec; acc is that of M's dtype
 #   skip   (N,) bool or None: matrices to be left alone, M included; their outputs are 0
-#   -> W, S, stats (N, 4) of X as in gram_matvec; the NaN and inf flags are those of G, of beta M + alpha G and of its
+#   -> W, S, stats (N, 4), Y (empty unless with_y) of X as in gram_matvec; the NaN and inf flags are those of G, of beta M + alpha G and of its
 #      rounding to M's dtype, before anything counts as zero (without an update: of X alone)
 _library.define(
     "momentum_gram_matvec_(Tensor(a!)[] M, Tensor[] G, Tensor V, Tensor scale, Tensor? skip, float beta, float alpha,"
-    " bool nesterov, bool update, bool propagate, int b) -> (Tensor W, Tensor S, Tensor stats)"
+    " bool nesterov, bool update, bool propagate, int b, bool with_y=False)"
+    " -> (Tensor W, Tensor S, Tensor stats, Tensor Y)"
 )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::momentum_gram_matvec_")
-def _momentum_gram_matvec_fake(M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b):
-    N = counts(M)
-    small = dict(dtype=torch.float64)
-    return V.new_empty(V.shape), V.new_empty((N, b, b), **small), V.new_empty((N, 4), **small)
+def _momentum_gram_matvec_fake(M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b, with_y=False):
+    return _gram_matvec_fake(M, V, scale, skip, b, True, with_y)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,20 +193,21 @@ def _momentum_norms_fake(M, G, scale, skip, beta, alpha, nesterov, update, propa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# apply_update_: P <- (1 - decay) P - size (scale X), one pass; P is read and written once, X's sources are read once.
+# apply_update_: P <- (1 - decay) P - size (scale X - L' R), one pass; P is read and written once, X's sources once.
 #   P      ragged list, any float dtype, updated in place, rounded to nearest; M, G of the same shapes
 #   G      empty: X = M; otherwise (Nesterov) X = beta M + alpha G
 #   size   (N,) acc; decay (N,) float64; scale (N,) acc, powers of two: size alone would overflow for tiny X. acc: the
 #          wider of the accumulation dtypes of P and M
 #   skip   (N,) bool or None: P stays, bit for bit
+#   L, R   flat (r, m_j) and (r, n_j) of the accumulation dtype of M: a correction of rank r; None and r = 0: none
 _library.define(
     "apply_update_(Tensor(a!)[] P, Tensor[] M, Tensor[] G, Tensor size, Tensor scale, Tensor decay, Tensor? skip,"
-    " float beta, float alpha) -> ()"
+    " float beta, float alpha, Tensor? L=None, Tensor? R=None, int r=0) -> ()"
 )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::apply_update_")
-def _apply_update_fake(P, M, G, size, scale, decay, skip, beta, alpha):
+def _apply_update_fake(P, M, G, size, scale, decay, skip, beta, alpha, L=None, R=None, r=0):
     return None
 
 
@@ -257,3 +260,56 @@ _library.define(
 def _tracked_step_fake(P, M, G, V, scale, step, size, decay, *options):
     N = counts(M)
     return size.new_empty((N, INFO_COLUMNS)), size.new_empty((N,))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# clip_: the small algebra of a clipped step, all matrices at once, after gram_matvec has read block V with Y = A V.
+# With S = E Lambda E', Q = Y E Lambda^-1/2 is an orthonormal basis of the range of Y, and the singular triplets of
+# Q Q' A come from the b x b matrix (W E Lambda^-1/2)'(W E Lambda^-1/2) = U Sigma^2 U': u = Q U, v = W E Lambda^-1/2 U
+# / Sigma. Eigenvalues of S up to 4 eps(acc) of the largest are left out: rounding reaches them.
+#   m, n   sides of every matrix, n the tracked one
+#   V      flat (b, n_j) acc: the block just read, orthonormal or zero rows. On return the block of the next read: the
+#          b - fresh leading v, orthonormalized in descending order, then random rows, drawn from (seed, shape, step_j)
+#          as in next_block_; rows that are missing are random too, rows beyond n are zero
+#   L, R   flat (r, m_j), (r, n_j) acc, overwritten: L' R = sum over the r leading i of (sigma_i - tau)_+ u_i v_i',
+#          of scale A: A - L' R has its singular values clipped at tau, apart from what the block missed
+#   info   sigma, theta = sigma_1^2, trace (sum of sigma_i^2), columns (b), error, done, tau, outside, beyond are
+#          set; reads, frob2, amax, scale and flags are the caller's. done = 1: left alone, with V, L, R and before
+#   W, S, Y as gram_matvec returned them, scale (N,) acc as given to it
+#   rank   (N,) int64, 1 ... b: tau = sigma_rank, and at least sqrt(8 eps(acc)) sigma_1, below which nothing is known
+#   limit  (N,) float64 or None: clip at this value of A (unscaled) instead; at sigma_b, and beyond = 1, where more
+#          than the b < min(m, n) values of the block would be clipped
+#   before (N, 2) float64: `outside` of the read before, over tau^2 and over frob2, negative: never read. Replaced
+#   tol    done = 1 where error <= tol or the block fills the space (b >= n)
+# error estimates by how much the largest singular value of the clipped, divided matrix exceeds 1: the largest
+# (sigma_i - lambda_i^1/2) / tau over sigma_i >= tau (lambda: eigenvalues of S, half a power step behind) plus
+# NEW_ENERGY times what `outside` has gained over the smaller of the two values in `before`, in units of tau^2.
+NEW_ENERGY = 0.15
+_library.define(
+    "clip_(int[] m, int[] n, Tensor(a!) V, Tensor(b!) L, Tensor(c!) R, Tensor(d!) info, Tensor W, Tensor S, Tensor Y,"
+    " Tensor scale, Tensor rank, Tensor? limit, Tensor(e!) before, Tensor step, int b, int r, int fresh, float tol,"
+    " int seed) -> ()"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::clip_")
+def _clip_fake(m, n, V, L, R, info, *options):
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# clipped_step_: a whole step P <- (1 - decay) P - size D of every matrix, D = sum of min(sigma_i / tau, 1) u_i v_i' of
+# X: the same words with clip_ in the middle. Default: composites_step.py. Arguments as in tracked_step_; besides
+#   before (N, 2) as in clip_, replaced     rank (N,) int64, limit (N,) float64 or None, r as in clip_
+#   reads, tol   most reads of a matrix; another one where the error of clip_ is above tol
+#   -> info (N, INFO_COLUMNS)
+_library.define(
+    "clipped_step_(Tensor(a!)[] P, Tensor(b!)[] M, Tensor[] G, Tensor(c!) V, Tensor(d!) scale, Tensor(e!) before,"
+    " Tensor step, Tensor size, Tensor decay, Tensor rank, Tensor? limit, Tensor? skip, float beta, float alpha,"
+    " bool nesterov, bool propagate, int b, int r, int fresh, int reads, float tol, int seed) -> Tensor"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::clipped_step_")
+def _clipped_step_fake(P, M, G, V, scale, before, step, size, *options):
+    return size.new_empty((counts(M), INFO_COLUMNS))

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import contracts  # noqa: F401  the schemas must stand before the library adds kernels to them
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BLOCK_LIMIT = 64
+BLOCK_LIMIT = 128
 
 
 @lru_cache(maxsize=1)
@@ -102,9 +102,10 @@ def momentum_gram_matvec_(
     update: bool,
     propagate: bool,
     b: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.spectral_kernels.momentum_gram_matvec_.default(
-        M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b
+        M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b, with_y
     )
 
 
@@ -134,8 +135,15 @@ def apply_update_(
     skip: Tensor | None,
     beta: float,
     alpha: float,
+    L: Tensor | None = None,
+    R: Tensor | None = None,
+    r: int = 0,
 ) -> None:
-    torch.ops.spectral_kernels.apply_update_.default(P, M, G, size, scale, decay, skip, beta, alpha)
+    if r:
+        from .reference_step import apply_update_ as reference
+
+        return reference(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
+    torch.ops.spectral_kernels.apply_update_.default(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
 
 
 def next_block_(

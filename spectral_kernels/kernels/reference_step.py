@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import random
 from .contracts import INFO, NORMS, acc_dtype, counts
-from .reference import gram_matvec, orthonormalize, runs, supports  # noqa: F401  `supports` is the registry's
+from .reference import blocks, gram_matvec, orthonormalize, runs, supports  # noqa: F401  `supports` is the registry's
 
 
 def _momentum(
@@ -64,7 +64,8 @@ def momentum_gram_matvec_(
     update: bool,
     propagate: bool,
     b: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """M <- beta M + alpha G, then gram_matvec of M or of the look-ahead. See contracts.py."""
     nan = torch.zeros(counts(M), dtype=torch.float64, device=V.device)
     inf = torch.zeros_like(nan)
@@ -72,10 +73,10 @@ def momentum_gram_matvec_(
     for mine, x, is_nan, is_inf in _moved(M, G, skip, beta, alpha, nesterov, update, propagate):
         X.append(x)
         nan[mine], inf[mine] = is_nan.double(), is_inf.double()
-    W, S, stats, _ = gram_matvec(X, V, scale, skip, b, True, False)
+    W, S, stats, Y = gram_matvec(X, V, scale, skip, b, True, with_y)
     keep = 1.0 if skip is None else (~skip).double()
     stats[:, NORMS["nan"]], stats[:, NORMS["inf"]] = nan * keep, inf * keep
-    return W, S, stats
+    return W, S, stats, Y
 
 
 def momentum_norms_(
@@ -111,10 +112,14 @@ def apply_update_(
     skip: Tensor | None,
     beta: float,
     alpha: float,
+    L: Tensor | None = None,
+    R: Tensor | None = None,
+    r: int = 0,
 ) -> None:
-    """P <- (1 - decay) P - size (scale X), X = M or, with gradients given, beta M + alpha G. See contracts.py."""
+    """P <- (1 - decay) P - size (scale X - L'R), X = M or, with gradients, beta M + alpha G. See contracts.py."""
     first = 0
-    for i, (p, m) in enumerate(zip(P, M, strict=True)):
+    lefts, rights = ([None] * len(P) if x is None else blocks(x, r, P, dim) for x, dim in ((L, 1), (R, 2)))
+    for i, (p, m, left, right) in enumerate(zip(P, M, lefts, rights, strict=True)):
         mine = slice(first, first + p.shape[0])
         first += p.shape[0]
         acc = torch.promote_types(acc_dtype(p.dtype), acc_dtype(m.dtype))
@@ -122,7 +127,10 @@ def apply_update_(
         if len(G):
             x = beta * x + alpha * G[i].to(acc)
         new = p.to(acc) * (1 - decay[mine, None, None]).to(acc)
-        new = new - size[mine, None, None].to(acc) * (x * scale[mine, None, None].to(acc))
+        x = x * scale[mine, None, None].to(acc)
+        if left is not None and right is not None:
+            x = x - left.to(acc).mT @ right.to(acc)
+        new = new - size[mine, None, None].to(acc) * x
         new = new.to(p.dtype)
         if skip is not None:
             new = torch.where(skip[mine, None, None], p, new)
@@ -166,7 +174,7 @@ def next_block_(
         offset += count * size
         draws = random.draws([random.base(seed, *shape) for shape in shapes[mine]], 2 + step[mine], b * size)
         x = kept[mine].to(q.dtype) @ torch.where(live[mine, None, None], q, 0)
-        block = _fill(x, draws.view(count, b, size))
+        block = fill(x, draws.view(count, b, size))
         v.copy_(torch.where(live[mine, None, None], block.to(v.dtype), v))
 
     coupling = torch.where(behind[:, :, None] & inside[:, None, :], T, 0).square().sum((1, 2)).sqrt()
@@ -178,7 +186,7 @@ def next_block_(
     return torch.where(live, bound, 0)
 
 
-def _fill(x: Tensor, draws: Tensor) -> Tensor:
+def fill(x: Tensor, draws: Tensor) -> Tensor:
     """(k, b, n): the nonzero rows of x (k, kept, n), then as many draws (k, b, n), orthonormalized, as fill b rows."""
     k, b, n = draws.shape
     floor = torch.full((k,), 1e-6 * max(n, 1) ** 0.5, dtype=torch.float64, device=x.device)

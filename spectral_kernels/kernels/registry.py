@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import composites, composites_step, reference, reference_step
+from . import composites, composites_step, reference, reference_clip, reference_step
 
 WORDS = (
     "gram_matvec",
@@ -29,11 +29,14 @@ WORDS = (
     "apply_update_",
     "next_block_",
     "tracked_step_",
+    "clip_",
+    "clipped_step_",
 )
 # word -> (its default over the other words, the word that reads the matrices)
 COMPOSITES: dict[str, tuple[Callable[..., Any], str]] = {
     "block_krylov": (composites.block_krylov, "gram_matvec"),
     "tracked_step_": (composites_step.tracked_step_, "momentum_gram_matvec_"),
+    "clipped_step_": (composites_step.clipped_step_, "momentum_gram_matvec_"),
 }
 SHORT_CUTS = ("krylov_norm",)  # a backend that serves block_krylov itself may add one
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -81,6 +84,7 @@ def table() -> dict[str, dict[str, Kernel]]:
         ("triton", importlib.import_module(".triton", __package__)),
         ("reference", reference),
         ("reference", reference_step),
+        ("reference", reference_clip),
     )
     for backend, module in modules:
         for word in (*WORDS, *SHORT_CUTS):

@@ -84,7 +84,7 @@ def check_against_float64(backend, device, case):
             exact, rounding = moved(m0, g, rates, dtype)
             half = spacing(exact, dtype) / 2 if dtype in LOW else 0  # of float32 and float64: in `rounding`
             assert ((m.double() - exact).abs() <= half + rounding).all()
-        W, S, stats = out if word == BOTH[0] else (None, None, out[0])
+        W, S, stats = out[:3] if word == BOTH[0] else (None, None, out[0])
         assert all(x.dtype == f64 for x in (S, stats) if x is not None) and (W is None or W.dtype == V.dtype)
         if W is not None:
             W_parts = blocks_of(W, b, M)

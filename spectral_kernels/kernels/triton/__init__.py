@@ -84,10 +84,11 @@ def momentum_gram_matvec_(
     update: bool,
     propagate: bool,
     b: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .momentum import momentum_gram_matvec_ as kernel
 
-    return kernel(M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b)
+    return kernel(M, G, V, scale, skip, beta, alpha, nesterov, update, propagate, b, with_y)
 
 
 def momentum_norms_(
@@ -116,10 +117,13 @@ def apply_update_(
     skip: Tensor | None,
     beta: float,
     alpha: float,
+    L: Tensor | None = None,
+    R: Tensor | None = None,
+    r: int = 0,
 ) -> None:
     from .step import apply_update_ as kernel
 
-    kernel(P, M, G, size, scale, decay, skip, beta, alpha)
+    kernel(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
 
 
 def next_block_(

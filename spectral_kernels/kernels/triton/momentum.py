@@ -45,7 +45,8 @@ def momentum_gram_matvec_(
     update: bool,
     propagate: bool,
     b: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """M <- beta M + alpha G, then gram_matvec of M or of the look-ahead; see contracts.py. No host sync."""
     norms = None
     if update and b > GROUP:
@@ -57,10 +58,10 @@ def momentum_gram_matvec_(
     places = table(key, V.device, lambda: _places(M, G))
     element = ANY_FLOAT[G[0].dtype] if G else None
     momentum = Momentum(mode, beta, alpha, element, places.tensor, places.sizes)
-    W, S, stats, _ = one_read.read(M, V, scale, skip, b, True, False, momentum)
+    W, S, stats, Y = one_read.read(M, V, scale, skip, b, True, with_y, momentum)
     if norms is not None:  # what came in before anything counted as zero
         stats[:, STATS["nan"] :] = norms[:, NORMS["nan"] : NORMS["inf"] + 1]
-    return W, S, stats
+    return W, S, stats, Y
 
 
 def supports(dtype: torch.dtype, b: int) -> str | None:

@@ -342,8 +342,15 @@ def apply_update_(
     skip: Tensor | None,
     beta: float,
     alpha: float,
+    L: Tensor | None = None,
+    R: Tensor | None = None,
+    r: int = 0,
 ) -> None:
     """P <- (1 - decay) P - size (scale X), one pass; see contracts.py. No host sync."""
+    if r:
+        from ..reference_step import apply_update_ as reference
+
+        return reference(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
     N, device, ahead = counts(P), size.device, len(G) > 0
     if N == 0:
         return
