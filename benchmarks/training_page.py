@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import load, where
 from spectral_kernels.bench.measure import Record
+from spectral_kernels.bench.runs import load, where
 
 MARKER = re.compile(r"(<!-- study:training -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
 NAMES = {

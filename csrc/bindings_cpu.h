@@ -45,6 +45,16 @@ inline Tensor like(const Tensor& t, std::vector<int64_t> shape, ScalarType dtype
   return torch::stable::empty(shape, dtype, std::nullopt, t.device());
 }
 
+// a small float or double tensor
+inline std::vector<double> numbers(const Tensor& t) {
+  const Tensor c = torch::stable::contiguous(t);
+  std::vector<double> out(c.numel());
+  for (int64_t i = 0; i < int64_t(out.size()); ++i)
+    out[i] = c.scalar_type() == ScalarType::Double ? static_cast<const double*>(c.const_data_ptr())[i]
+                                                   : double(static_cast<const float*>(c.const_data_ptr())[i]);
+  return out;
+}
+
 inline int64_t multiple_of_4(int64_t b) { return (b + 3) / 4 * 4; }
 
 // Runs work(i, parallel) for every task: tasks larger than a fair share one by one with all threads inside, the others

@@ -26,15 +26,6 @@ struct Ragged {
   int64_t count() const { return int64_t(m.size()); }
 };
 
-std::vector<double> numbers(const Tensor& t) {
-  const Tensor c = torch::stable::contiguous(t);
-  std::vector<double> out(c.numel());
-  for (int64_t i = 0; i < int64_t(out.size()); ++i)
-    out[i] = c.scalar_type() == ScalarType::Double ? static_cast<const double*>(c.const_data_ptr())[i]
-                                                   : double(static_cast<const float*>(c.const_data_ptr())[i]);
-  return out;
-}
-
 std::vector<char> flags(const std::optional<Tensor>& skip, int64_t count) {
   std::vector<char> out(count, 0);
   if (!skip.has_value()) return out;
@@ -149,6 +140,18 @@ Tensor momentum_norms_(std::vector<Tensor> M, std::vector<Tensor> G, Tensor scal
   return norms;
 }
 
+// numbers [at, at + count) of a flat float or double tensor as T, converted into `wide` where they are not
+template <class T>
+const T* block_as(const Tensor& flat, int64_t at, int64_t count, std::vector<T>& wide) {
+  const bool is_double = flat.scalar_type() == ScalarType::Double;
+  if (is_double == (sizeof(T) == 8)) return static_cast<const T*>(flat.const_data_ptr()) + at;
+  wide.resize(count);
+  for (int64_t i = 0; i < count; ++i)
+    wide[i] = is_double ? T(static_cast<const double*>(flat.const_data_ptr())[at + i])
+                        : T(static_cast<const float*>(flat.const_data_ptr())[at + i]);
+  return wide.data();
+}
+
 void apply_update_(std::vector<Tensor> P, std::vector<Tensor> M, std::vector<Tensor> G, Tensor size, Tensor scale, Tensor decay,
                    std::optional<Tensor> skip, double beta, double alpha, std::optional<Tensor> L, std::optional<Tensor> R,
                    int64_t r) {
@@ -157,13 +160,30 @@ void apply_update_(std::vector<Tensor> P, std::vector<Tensor> M, std::vector<Ten
   list.check(parameters);
   const std::vector<double> ratio = numbers(size), at = numbers(scale), shrink = numbers(decay);
   const std::vector<char> gone = flags(skip, list.count());
+  if (r > 0 && !(L.has_value() && R.has_value())) throw std::runtime_error("apply_update_: a correction needs L and R");
+  std::optional<Tensor> left, right;
+  std::vector<int64_t> rows;
+  if (r > 0) {
+    left = torch::stable::contiguous(*L);
+    right = torch::stable::contiguous(*R);
+    for (int64_t total = 0; const sk::Matrix& a : list.m) {
+      rows.push_back(total);
+      total += a.m;
+    }
+  }
   schedule(list.sizes, [&](int64_t i, bool parallel) {
     if (gone[i]) return;
     const sk::Matrix &p = parameters[i], &m = list.m[i];
     const sk::Matrix g = G.empty() ? sk::Matrix{nullptr, m.dtype, m.m, m.n, m.sm, m.sn} : list.g[i];
     auto call = [&](auto zero) {
       using T = decltype(zero);
-      sk::apply_update<T>({p, m, g, T(beta), T(alpha), T(ratio[i]), T(at[i]), T(1 - shrink[i])}, parallel, false);
+      sk::Update<T> u{p, m, g, T(beta), T(alpha), T(ratio[i]), T(at[i]), T(1 - shrink[i])};
+      std::vector<T> wide[2];
+      if (r > 0) {
+        const T* l = block_as(*left, rows[i] * r, m.m * r, wide[0]);
+        u.less = {l, block_as(*right, list.at[i] * r, m.n * r, wide[1]), r, m.m, m.n};
+      }
+      sk::apply_update<T>(u, parallel, false);
     };
     p.dtype == sk::Dtype::f64 || m.dtype == sk::Dtype::f64 ? call(double()) : call(float());
   });

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .kernels.registry import force as force
     from .ops.bounds import SpectralBounds as SpectralBounds
     from .ops.bounds import spectral_bounds as spectral_bounds
+    from .ops.clip import spectral_clip as spectral_clip
     from .ops.norm import AccuracyWarning as AccuracyWarning
     from .ops.norm import spectral_norm as spectral_norm
     from .ops.rescale import spectral_norm_ as spectral_norm_
@@ -38,6 +39,7 @@ _PUBLIC = {
     "stable_rank": ".ops.subspace",
     "spectral_bounds": ".ops.bounds",
     "SpectralBounds": ".ops.bounds",
+    "spectral_clip": ".ops.clip",
     "spectral_norm_": ".ops.rescale",
     "spectral_step_": ".ops.step",
     "init_model_": ".initialization",

@@ -1,4 +1,4 @@
-"""The command `spectral-kernels`: inspect, bench, doctor. Arguments and exit statuses; torch is imported where needed.
+"""The command `spectral-kernels`: inspect, bench, paper, doctor. Arguments, exit statuses; torch only where needed.
 
 Exit status: 0 done; 1 `bench` measured a wrong result, or `doctor` found a word that nothing serves; 2 bad arguments or
 input, said in one line; 130 interrupted; 141 the reader of a pipe went away.
@@ -76,7 +76,7 @@ def _run(argv: list[str]) -> int:
 
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser; the options of `bench` are imported only when argv asks for it."""
+    """The parser; the options of `bench` and of an experiment are imported only when argv asks for them."""
     parser = argparse.ArgumentParser(
         prog="spectral-kernels", description="Spectral norms, cheap enough for every step."
     )
@@ -112,11 +112,18 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
 
     bench = commands.add_parser("bench", help="measure against torch.linalg, power iteration and scipy on this machine")
-    if next((word for word in argv if not word.startswith("-")), None) == "bench":
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    if asked == "bench":
         from .bench import runner
 
         runner.add_arguments(bench)
     bench.set_defaults(command=_bench)
+
+    paper = commands.add_parser("paper", help="experiments on the paper's claims, one subcommand each")
+    if asked == "paper":
+        from . import experiments
+
+        experiments.add_parsers(paper, argv[1:])
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves each word and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")

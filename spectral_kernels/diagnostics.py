@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import scaling
 from .kernels.contracts import INFO, acc_dtype
 from .ops import arguments
-from .ops.engine import is_tracked
+from .ops.engine import direction_of, is_tracked
 from .ops.estimate import BLOCK, estimate, tracked
 from .ops.layout import Layout
 from .optim.spectral import SpectralOptimizer, _layout
@@ -168,7 +168,8 @@ class SpectralMonitor:
                 if name in out:  # of two models
                     name = f"group{g}.param{i}"
                 layout = _layout(group, p)
-                followed = is_tracked(layout, layout.stacks(p.detach()), group["direction"])
+                direction = direction_of(group["direction"], group["rank"])
+                followed = is_tracked(layout, layout.stacks(p.detach()), direction)
                 out[name] = _Watched(name, p, layout, followed)
         return list(out.values())
 

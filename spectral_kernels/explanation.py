@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .kernels import registry
+from .ops import clip
 from .ops.arguments import ragged
 from .ops.estimate import BLOCK, tracked
 
@@ -18,6 +19,7 @@ USES = {  # words behind a public function
     "spectral_bounds": ("gram_matvec", "rayleigh_ritz_", "block_krylov"),
     "stable_rank": ("gram_matvec", "rayleigh_ritz_", "block_krylov"),
     "leading_subspace": ("gram_matvec", "rayleigh_ritz_", "block_krylov"),
+    "spectral_clip": ("gram_matvec", "rayleigh_ritz_", "block_krylov"),
     "spectral_step_": (
         *("tracked_step_", "momentum_gram_matvec_", "gram_matvec", "rayleigh_ritz_", "next_block_", "apply_update_"),
         "momentum_norms_",
@@ -32,9 +34,11 @@ class Explanation(NamedTuple):
     matrices: int
     blocks: list[int]  # length of a block's rows per stack: the tracked side
     choices: list[registry.Choice]  # per word: backend chosen, (backend, reason) of those that declined
+    methods: tuple[str, ...] = ()  # what method="auto" takes, by shorter side, where there is a choice
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.matrices} matrices, blocks of {BLOCK} x {sorted(set(self.blocks))}"]
+        lines += [f"  {line}" for line in self.methods]
         for choice in self.choices:
             lines.append(f"  {choice.word}: served by {choice.backend}")
             lines += [f"    {backend} declined: {reason}" for backend, reason in choice.declined]
@@ -53,4 +57,8 @@ def explain(name: str, A: Tensor | Sequence[Tensor]) -> Explanation:
         return Explanation(name, 0, [], [])
     first = batch.stacks[0]
     choices = [registry.choose(word, first.device.type, first.dtype, BLOCK) for word in USES[name]]
-    return Explanation(name, sum(a.shape[0] for a in batch.stacks), [tracked(a) for a in batch.stacks], choices)
+    sides = sorted({min(a.shape[1:]) for a in batch.stacks})
+    methods = tuple(map(clip.method_of, sides)) if name == "spectral_clip" else ()
+    return Explanation(
+        name, sum(a.shape[0] for a in batch.stacks), [tracked(a) for a in batch.stacks], choices, methods
+    )

@@ -4,6 +4,12 @@
 
 #include "gram_matvec.h"
 
+namespace sk {
+
+constexpr int64_t kRightBytes = 512 << 10;  // half a second-level cache
+
+}  // namespace sk
+
 #define SK_KERNEL "apply_update.inc"
 #include "foreach_isa.h"
 
@@ -32,17 +38,20 @@ void apply_update(Update<T> u, bool parallel, bool backwards) {
     u.p = turned(u.p);
     u.m = turned(u.m);
     u.g = turned(u.g);
+    std::swap(u.less.left, u.less.right);
+    std::swap(u.less.ldl, u.less.ldr);
   }
   int64_t lines = u.p.m, length = u.p.n;
-  if (is_one_run(u.p) && is_one_run(u.m) && (!u.g.data || is_one_run(u.g))) {
+  if (u.less.rank == 0 && is_one_run(u.p) && is_one_run(u.m) && (!u.g.data || is_one_run(u.g))) {
     length *= lines;
     lines = 1;
   }
-  const int64_t each = std::max<int64_t>(1, kBlock / length);                    // lines of a block
+  const int64_t fit = std::max<int64_t>(1, kBlock / length), each = u.less.rank ? (fit + 3) / 4 * 4 : fit;  // lines of a block
   const int64_t pieces = lines == 1 ? (length + kBlock - 1) / kBlock : 1;        // or pieces of the only one
   const int64_t blocks = lines == 1 ? pieces : (lines + each - 1) / each;
   auto block = [&](int64_t i) {
-    UpdateChunk<T> c{u, 0, 1, 0, length};
+    static thread_local Buffer<T> scratch;
+    UpdateChunk<T> c{u, 0, 1, 0, length, u.less.rank ? scratch.need(4 * u.less.rank) : nullptr};
     if (lines == 1) {
       c.begin = i * kBlock;
       c.end = std::min(length, c.begin + kBlock);

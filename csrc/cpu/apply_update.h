@@ -1,4 +1,4 @@
-// P <- keep P - size (scale X), X = M or beta M + alpha G, one pass. The contract is kernels/contracts.py.
+// P <- keep P - size (scale X - L'R), X = M or beta M + alpha G, one pass. The contract is kernels/contracts.py.
 #pragma once
 
 #include "matrix.h"
@@ -6,15 +6,23 @@
 namespace sk {
 
 template <class T>
+struct Correction {  // sum over c < rank of left[c][line] right[c][entry]; rank 0: none
+  const T *left = nullptr, *right = nullptr;
+  int64_t rank = 0, ldl = 0, ldr = 0;
+};
+
+template <class T>
 struct Update {
   Matrix p, m, g;  // g.data null: X = M; strides along the same axes
   T beta, alpha, size, scale, keep;
+  Correction<T> less = {};
 };
 
 template <class T>
 struct UpdateChunk {  // entries [begin, end) of lines [line0, line1): lines along n
   Update<T> u;
   int64_t line0, line1, begin, end;
+  T* left;  // scratch of 4 * rank entries
 };
 void update_chunk_f32(UpdateChunk<float>& args);
 void update_chunk_f64(UpdateChunk<double>& args);

@@ -1,6 +1,6 @@
 #include "orthogonal.h"
 
-#include "matrix.h"
+#include "gram_matvec.h"
 
 #define SK_KERNEL "orthogonal.inc"
 #include "foreach_isa.h"
@@ -15,5 +15,7 @@ SK_DISPATCH(block_qr_f32, BlockQr<float>)
 SK_DISPATCH(block_qr_f64, BlockQr<double>)
 SK_DISPATCH(combine_f32, Combine<float>)
 SK_DISPATCH(combine_f64, Combine<double>)
+SK_DISPATCH(block_gram_f32, BlockGram<float>)
+SK_DISPATCH(block_gram_f64, BlockGram<double>)
 
 }  // namespace sk

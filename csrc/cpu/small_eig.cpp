@@ -5,107 +5,63 @@
 #include <limits>
 #include <numeric>
 
+#include "matrix.h"
+
 namespace sk {
 
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 
-// a (k, k) -> diagonal d, off-diagonal e (e[i] between i and i + 1), q (k, k) with a = q T q'
-void tridiagonalize(std::vector<double>& a, int64_t k, std::vector<double>& d, std::vector<double>& e,
-                    std::vector<double>& q) {
-  d.assign(k, 0);
-  e.assign(k, 0);
-  q.assign(k * k, 0);
-  for (int64_t i = 0; i < k; ++i) q[i * k + i] = 1;
-  std::vector<double> v(k), p(k);
-  for (int64_t i = 0; i + 2 < k; ++i) {
-    double norm = 0;
-    for (int64_t r = i + 1; r < k; ++r) norm = std::hypot(norm, a[r * k + i]);
-    e[i] = a[(i + 1) * k + i];
-    if (norm == 0 || std::abs(e[i]) == norm) continue;
-    const double alpha = a[(i + 1) * k + i] > 0 ? -norm : norm;
-    double length = 0;
-    for (int64_t r = i + 1; r < k; ++r) {
-      v[r] = a[r * k + i] - (r == i + 1 ? alpha : 0);
-      length += v[r] * v[r];
-    }
-    const double beta = 2 / length;
-    double pv = 0;
-    for (int64_t r = i + 1; r < k; ++r) {
-      double sum = 0;
-      for (int64_t c = i + 1; c < k; ++c) sum += a[r * k + c] * v[c];
-      p[r] = beta * sum;
-      pv += p[r] * v[r];
-    }
-    for (int64_t r = i + 1; r < k; ++r) p[r] -= 0.5 * beta * pv * v[r];
-    for (int64_t r = i + 1; r < k; ++r)
-      for (int64_t c = i + 1; c < k; ++c) a[r * k + c] -= v[r] * p[c] + p[r] * v[c];
-    for (int64_t r = 0; r < k; ++r) {
-      double sum = 0;
-      for (int64_t c = i + 1; c < k; ++c) sum += q[r * k + c] * v[c];
-      for (int64_t c = i + 1; c < k; ++c) q[r * k + c] -= beta * sum * v[c];
-    }
-    e[i] = alpha;
-  }
-  if (k > 1) e[k - 2] = a[(k - 1) * k + k - 2];
-  for (int64_t i = 0; i < k; ++i) d[i] = a[i * k + i];
-}
+// Sums of squares below count as zero: so near the smallest numbers a rotation or reflection would not be one.
+constexpr double kNothing = 1e-280;
+
+struct SymmetricEigen {  // matrices (k, ld), ld a multiple of 8, zeros behind k
+  int64_t k, ld;
+  double *a, *q = nullptr, *v = nullptr;              // a is overwritten; q: rows are eigenvectors
+  double *d = nullptr, *e = nullptr, *p = nullptr;    // eigenvalues of the rows of q; (ld), (2 ld) scratch
+};
+
+}  // namespace
+}  // namespace sk
+
+#define SK_KERNEL "small_eig.inc"
+#include "foreach_isa.h"
+
+namespace sk {
+namespace {
+
+SK_DISPATCH(symmetric_eigen_rows, SymmetricEigen)
 
 }  // namespace
 
 void symmetric_eigen(const double* a, int64_t k, int64_t ld, std::vector<double>& values, std::vector<double>& vectors) {
-  std::vector<double> work(k * k), d, e, q;
+  const int64_t wide = (k + 7) / 8 * 8;
+  std::vector<double> work(wide * (3 * k + 4), 0.0);
+  SymmetricEigen s{k, wide, work.data()};
+  s.q = s.a + k * wide;
+  s.v = s.q + k * wide;
+  s.d = s.v + k * wide;
+  s.e = s.d + wide;
+  s.p = s.e + wide;
+  double largest = 0;
   for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = 0; j < k; ++j) work[i * k + j] = 0.5 * (a[i * ld + j] + a[j * ld + i]);
-  tridiagonalize(work, k, d, e, q);
-  for (int64_t low = 0; low < k; ++low) {
-    for (int sweep = 0; sweep < 60; ++sweep) {
-      int64_t high = low;
-      while (high + 1 < k && std::abs(e[high]) > kEps * (std::abs(d[high]) + std::abs(d[high + 1]))) ++high;
-      if (high == low) break;
-      // Wilkinson's shift from the leading 2 x 2, then one implicit QL sweep from high to low
-      const double g0 = (d[low + 1] - d[low]) / (2 * e[low]), h0 = std::hypot(g0, 1.0);
-      double g = d[high] - d[low] + e[low] / (g0 + std::copysign(h0, g0)), s = 1, c = 1, p = 0;
-      for (int64_t i = high - 1; i >= low; --i) {
-        double f = s * e[i];
-        const double b = c * e[i];
-        const double r = std::hypot(f, g);
-        e[i + 1] = r;
-        if (r == 0) {
-          d[i + 1] -= p;
-          e[high] = 0;
-          break;
-        }
-        s = f / r;
-        c = g / r;
-        g = d[i + 1] - p;
-        const double t = (d[i] - g) * s + 2 * c * b;
-        p = s * t;
-        d[i + 1] = g + p;
-        g = c * t - b;
-        for (int64_t row = 0; row < k; ++row) {
-          double* z = q.data() + row * k + i;
-          f = z[1];
-          z[1] = s * z[0] + c * f;
-          z[0] = c * z[0] - s * f;
-        }
-        if (i == low) {
-          d[low] -= p;
-          e[low] = g;
-          e[high] = 0;
-        }
-      }
-    }
-  }
+    for (int64_t j = 0; j < k; ++j) largest = std::max(largest, std::abs(a[i * ld + j]));
+  int exponent = 0;  // entries of size one: squares neither overflow nor vanish
+  if (largest > 0 && std::isfinite(largest)) std::frexp(largest, &exponent);
+  const double scale = std::ldexp(1, -exponent), back = std::ldexp(1, exponent);
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < k; ++j) s.a[i * wide + j] = 0.5 * (a[i * ld + j] * scale + a[j * ld + i] * scale);
+  symmetric_eigen_rows(s);
   std::vector<int64_t> order(k);
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return d[x] < d[y] || (d[x] == d[y] && x < y); });
+  std::sort(order.begin(), order.end(),
+            [&](int64_t x, int64_t y) { return s.d[x] < s.d[y] || (s.d[x] == s.d[y] && x < y); });
   values.resize(k);
   vectors.resize(k * k);
   for (int64_t i = 0; i < k; ++i) {
-    values[i] = d[order[i]];
-    for (int64_t r = 0; r < k; ++r) vectors[i * k + r] = q[r * k + order[i]];
+    values[i] = s.d[order[i]] * back;
+    std::copy_n(s.q + order[i] * wide, k, vectors.data() + i * k);
   }
 }
 

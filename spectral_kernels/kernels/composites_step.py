@@ -134,7 +134,7 @@ def tracked_step_(
     store(Q, V, n, b, rows)
     moved = (beta, alpha, nesterov)
     first = first_read(words, M, G, V, scale, skip, moved, propagate, b, False)
-    info, at, bad, gone, idle = first.info, first.at, first.bad, first.gone, first.idle
+    info, at, bad, idle = first.info, first.at, first.bad, first.idle
 
     v, W, S = V.clone(), first.W, first.S
     rayleigh_ritz_, next_block_ = words.rayleigh_ritz_for(reads * b, FOLLOWED), words.next_block_for(rows)

@@ -163,8 +163,8 @@ def _krylov_norm_fake(A, b, steps, cap, tol, min_reads, seed):
 #              True: such entries enter M and X, as in torch's optimizers
 #   V, scale, b as in gram_matvec; acc is that of M's dtype
 #   skip   (N,) bool or None: matrices to be left alone, M included; their outputs are 0
-#   -> W, S, stats (N, 4), Y (empty unless with_y) of X as in gram_matvec; the NaN and inf flags are those of G, of beta M + alpha G and of its
-#      rounding to M's dtype, before anything counts as zero (without an update: of X alone)
+#   -> W, S, stats (N, 4), Y (empty unless with_y) of X as in gram_matvec; the NaN and inf flags are those of G, of
+#      beta M + alpha G and of its rounding to M's dtype, before anything counts as zero (without an update: of X alone)
 _library.define(
     "momentum_gram_matvec_(Tensor(a!)[] M, Tensor[] G, Tensor V, Tensor scale, Tensor? skip, float beta, float alpha,"
     " bool nesterov, bool update, bool propagate, int b, bool with_y=False)"

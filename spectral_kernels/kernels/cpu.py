@@ -139,10 +139,6 @@ def apply_update_(
     R: Tensor | None = None,
     r: int = 0,
 ) -> None:
-    if r:
-        from .reference_step import apply_update_ as reference
-
-        return reference(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
     torch.ops.spectral_kernels.apply_update_.default(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
 
 
@@ -204,4 +200,30 @@ def tracked_step_(
         tol,
         min_reads,
         seed,
+    )
+
+
+def clip_(
+    m: Sequence[int],
+    n: Sequence[int],
+    V: Tensor,
+    L: Tensor,
+    R: Tensor,
+    info: Tensor,
+    W: Tensor,
+    S: Tensor,
+    Y: Tensor,
+    scale: Tensor,
+    rank: Tensor,
+    limit: Tensor | None,
+    before: Tensor,
+    step: Tensor,
+    b: int,
+    r: int,
+    fresh: int,
+    tol: float,
+    seed: int,
+) -> None:
+    torch.ops.spectral_kernels.clip_.default(
+        m, n, V, L, R, info, W, S, Y, scale, rank, limit, before, step, b, r, fresh, tol, seed
     )

@@ -40,19 +40,29 @@ def clip_(
     for (rows, columns), group in groupby(zip(m, n, strict=True)):
         k = len(list(group))
         mine = slice(first, first + k)
-        at = [(left, rows), (right, columns)]
-        y, w, v = (
-            x[size * start : size * (start + k * side)].view(k, size, side)
-            for x, size, (start, side) in ((Y, b, at[0]), (W, b, at[1]), (V, b, at[1]))
-        )
-        correction = (
-            x[r * start : r * (start + k * side)].view(k, r, side) for x, (start, side) in zip((L, R), at, strict=True)
-        )
-        draws = random.draws([random.base(seed, max(rows, columns), min(rows, columns))] * k, 2 + step[mine], b * columns)
+
+        def part(x: Tensor, height: int, at: int, side: int, k: int = k) -> Tensor:
+            return x[height * at : height * (at + k * side)].view(k, height, side)
+
+        draws = random.draws([random.base(seed, rows, columns)] * k, 2 + step[mine], b * columns)
         _clip_stack(
-            v, *correction, info[mine], w, S[mine], y, scale[mine], rank[mine], None if limit is None else limit[mine],
-            before[mine], draws.view(k, b, columns), min(rows, columns), r, fresh, tol,
-        )  # fmt: skip
+            part(V, b, right, columns),
+            part(L, r, left, rows),
+            part(R, r, right, columns),
+            info[mine],
+            part(W, b, right, columns),
+            S[mine],
+            part(Y, b, left, rows),
+            scale[mine],
+            rank[mine],
+            None if limit is None else limit[mine],
+            before[mine],
+            draws.view(k, b, columns),
+            min(rows, columns),
+            r,
+            fresh,
+            tol,
+        )
         first, left, right = first + k, left + k * rows, right + k * columns
 
 
@@ -84,7 +94,8 @@ def _clip_stack(
     values, E = values.flip(1).clamp(min=0), E.flip(2)
     kept = values > 4 * eps * values[:, :1]
     T = torch.where(kept[:, None], E / torch.where(kept, values, 1).sqrt()[:, None], 0)  # (k, b, b)
-    squares, U = torch.linalg.eigh(T.mT @ (wide @ wide.mT) @ T)
+    C = T.mT @ wide  # Q'A, (k, b, n); from the Gram matrix of W it would have the rounding of sigma_1^4 over lambda
+    squares, U = torch.linalg.eigh(C @ C.mT)
     sigma, U = squares.flip(1).clamp(min=0).sqrt(), U.flip(2)
     T = (T @ U).mT  # row i: u_i = sum over c of T[i, c] (row c of y)
     kept = sigma**2 > 4 * eps * sigma[:, :1] ** 2
@@ -102,7 +113,7 @@ def _clip_stack(
     known = tau > 0
     unit = torch.where(known, tau, 1)
 
-    Z = (T * inverse).to(v.dtype) @ w
+    Z = ((U.mT * inverse) @ C).to(v.dtype)
     excess = (sigma - tau[:, None]).clamp(min=0)[:, :r, None]
     new_left = (T[:, :r] * excess).to(v.dtype) @ y
     new_right = Z[:, :r] * (excess > 0)

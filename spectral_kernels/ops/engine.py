@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels import registry
 from ..kernels.composites import start_block
-from ..kernels.composites_step import hold_back, rescale, tracked_step_
+from ..kernels.composites_step import clipped_step_, hold_back, rescale, tracked_step_
 from ..kernels.contracts import INFO, INFO_COLUMNS, NORMS, acc_dtype
 from .estimate import full_precision, oriented, tracked
 from .layout import Layout
@@ -25,6 +25,9 @@ READS = 3  # at most, in a step with a tracked block; docs/tracking.md has the m
 COLD_READS = 12
 TOL = 0.1  # read again while 10 * error > tol: an estimated error above 1 %, or energy outside the block (contracts.py)
 COLD_MIN_READS = 3
+CLIP_TOL = 0.12  # clip: read again where ||D||_2 may exceed 1 by more (contracts.py: clip_); docs/clip.md
+CLIP_COLD_TOL, CLIP_COLD_READS = 0.02, 6
+THRESHOLD_BLOCK = 32  # columns where a threshold does not say how many values exceed it
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,28 @@ class Options:
     maximize: bool = False
     propagate: bool = False
     upper: bool = False
-    block: int = 4
+    block: int | None = None  # columns; None: what the direction asks for
     seed: int = 0
+    rank: int | None = None  # clip at this singular value
+    threshold: float | None = None  # or at this number
 
     @property
     def alpha(self) -> float:
         return -1.0 if self.maximize else 1.0
 
-    @property
-    def fresh(self) -> int:
-        return max(1, self.block // 4)
+    def columns(self, M: Sequence[Tensor]) -> int:
+        """Width of the block of a parameter with these stacks."""
+        if self.direction != "clip":
+            return 4 if self.block is None else self.block
+        s = THRESHOLD_BLOCK if self.rank is None else self.rank
+        wanted = self.block or (s if self.rank is None else max(4, s + min(s, 16)))
+        return max(1, min(wanted, max(min(m.shape[1:]) for m in M)))
+
+    def fresh(self, b: int, short: int) -> int:
+        """Columns drawn anew after a read; none where the block holds every direction."""
+        if self.direction != "clip":
+            return max(1, b // 4)
+        return 0 if b >= short else 1 if b <= 4 else 2
 
 
 @dataclass
@@ -60,7 +75,7 @@ class Seat:
     M: list[Tensor]
     turned: list[bool]  # stacks whose gradient is to be transposed
     copies: list[tuple[Tensor, Tensor]]  # (tensor, what stands for it and is copied back)
-    tracked: bool
+    columns: int  # of the block; 0 without one
     count: int  # matrices
     norms: list[int]  # the norm of every matrix, a column of NORMS
     factors: list[float]
@@ -137,9 +152,16 @@ class _Bucket:
     factors: list[float] = field(default_factory=list)
 
 
+def direction_of(direction: str, rank: int | None) -> str:
+    """The direction as it is computed: clipping at the first singular value is dividing by it."""
+    return "normalize" if direction == "clip" and rank == 1 else direction
+
+
 def is_tracked(layout: Layout, stacks: Sequence[Tensor], direction: str) -> bool:
     """Does a block follow this parameter? Not where another norm is asked for or is the spectral norm itself."""
-    return layout.kind in ("matrix", "conv") and direction == "normalize" and any(min(s.shape[1:]) > 1 for s in stacks)
+    if layout.kind not in ("matrix", "conv") or direction not in ("normalize", "clip"):
+        return False
+    return any(min(s.shape[1:]) > (direction == "normalize") for s in stacks)
 
 
 def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Options, dtype: torch.dtype | None) -> None:
@@ -150,20 +172,26 @@ def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Optio
     N = sum(m.shape[0] for m in M)
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
-    if "tracker" not in state:  # per matrix: the power of two it was read at (0: never), random blocks drawn so far
-        state["tracker"] = torch.zeros((N, 2), dtype=torch.float64, device=param.device)
-    if "block" not in state and is_tracked(layout, M, options.direction):
+    # per matrix: the power of two it was read at (0: never), random blocks drawn so far; clip: what the block missed
+    followed = is_tracked(layout, M, options.direction)
+    width = 4 if followed and options.direction == "clip" else 2
+    tracker = state.get("tracker")
+    if tracker is None or tracker.shape[1] != width:
+        state["tracker"] = torch.zeros((N, width), dtype=torch.float64, device=param.device)
+        if tracker is not None:
+            state["tracker"][:, :2] = tracker[:, :2]
+    if "block" not in state and followed:
         state["block"] = start(M, options)
 
 
 def start(M: Sequence[Tensor], options: Options) -> Tensor:
     """Random blocks of all matrices of a parameter: (k, b, n), or flat where the tracked sides n differ."""
-    parts = []
+    parts, b = [], options.columns(M)
     for m in map(oriented, M):
         k, rows, n = m.shape
-        one = start_block(rows, n, options.block, options.seed, acc_dtype(m.dtype), m.device)
+        one = start_block(rows, n, b, options.seed, acc_dtype(m.dtype), m.device)
         parts.append(one.expand(k, -1, -1))
-    return torch.cat([p.reshape(-1) for p in parts]).view(block_shape(M, options.block))
+    return torch.cat([p.reshape(-1) for p in parts]).view(block_shape(M, b))
 
 
 def block_shape(M: Sequence[Tensor], b: int) -> tuple[int, ...]:
@@ -189,12 +217,13 @@ def take(entries: Sequence[Entry], options: Options) -> Outcome:
         _sort(buckets, i, entry, options)
     outcome = Outcome([], [])
     with torch.no_grad():
-        for (tracked, single, cold, *_), bucket in buckets.items():
+        for (columns, single, cold, *_), bucket in buckets.items():
             with full_precision(bucket.M):
-                found = (
-                    _tracked(bucket, entries, options, single, cold) if tracked else _normed(bucket, entries, options)
-                )
-            outcome.parts.append(Part(bucket.entries, bucket.counts, tracked, *found))
+                if columns:
+                    found = _tracked(bucket, entries, options, columns, single, cold)
+                else:
+                    found = _normed(bucket, entries, options)
+            outcome.parts.append(Part(bucket.entries, bucket.counts, columns > 0, *found))
         for entry in entries:
             for strided, dense in entry.seat.copies if entry.seat else ():
                 strided.copy_(dense)
@@ -227,7 +256,7 @@ def seat(entry: Entry, options: Options) -> Seat:
         sides,
         turned,
         [(x, d) for x, d in ((param, p), (buffer, m)) if x is not d],
-        tracked,
+        options.columns(M) if tracked else 0,
         count,
         [{"gain": NORMS["amax"], "embedding": NORMS["row2"]}.get(layout.kind, NORMS["frob2"])] * count,
         [factor for factor, x in zip(entry.factors, M, strict=True) for _ in range(x.shape[0])],
@@ -247,9 +276,9 @@ def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options
     else:
         G = layout.stacks(layout.dense(grad))
         G = [g.mT if turn else g for g, turn in zip(G, mine.turned, strict=True)]
-    cold = mine.tracked and not mine.warm and is_cold(entry.state)
-    mine.warm = mine.tracked and not cold
-    key = (mine.tracked, mine.count == 1, cold, mine.param.dtype, mine.buffer.dtype, grad.dtype, mine.param.device)
+    cold = mine.columns > 0 and not mine.warm and is_cold(entry.state)
+    mine.warm = mine.columns > 0 and not cold
+    key = (mine.columns, mine.count == 1, cold, mine.param.dtype, mine.buffer.dtype, grad.dtype, mine.param.device)
     bucket = buckets.get(key)
     if bucket is None:
         bucket = buckets[key] = _Bucket()
@@ -300,34 +329,52 @@ def _common(bucket: _Bucket, entries: Sequence[Entry]) -> tuple[Tensor, Tensor, 
 
 
 def _tracked(
-    bucket: _Bucket, entries: Sequence[Entry], options: Options, single: bool, cold: bool
+    bucket: _Bucket, entries: Sequence[Entry], options: Options, b: int, single: bool, cold: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, b = bucket.M[0], options.block
+    first = bucket.M[0]
     acc = acc_dtype(first.dtype)
     size, decay, skip, owner = _common(bucket, entries)
     states = [entries[i].state for i in bucket.entries]
     trackers = torch.cat([s["tracker"] for s in states])
     V = torch.cat([s["block"].reshape(-1) for s in states]).to(acc)
-    scale = trackers[:, 0].to(acc)
+    scale, draws = trackers[:, 0].to(acc), trackers[:, 1].long()
     words = registry.words(first.device.type, first.dtype, b)
-    rule = (COLD_READS, TOL, COLD_MIN_READS) if cold else (READS, TOL, 1)
-    arguments = (
-        bucket.P, bucket.M, bucket.G, V, scale, trackers[:, 1].long(), size, decay, skip, options.momentum,
-        options.alpha, options.nesterov, options.propagate, options.upper, b, options.fresh, *rule, options.seed,
-    )  # fmt: skip
-    if single:
-        info, bound = words.tracked_step_(*arguments)
-    else:  # a bad entry anywhere in a parameter holds all its matrices back
-        info, bound = tracked_step_(words, *arguments, owner=owner)
+    moved = (skip, options.momentum, options.alpha, options.nesterov, options.propagate)
+    if options.direction == "clip":
+        shorts = [min(m.shape[1:]) for m in bucket.M for _ in range(m.shape[0])]
+        rank = _constant(tuple(min(options.rank or b, max(1, s)) for s in shorts), torch.int64, first.device)
+        limit = None if options.threshold is None else torch.full_like(size, options.threshold)
+        before = trackers[:, 2:].contiguous()
+        clip: tuple[Any, ...] = (
+            bucket.P, bucket.M, bucket.G, V, scale, before, draws, size, decay, rank, limit, *moved, b,
+            min(options.rank or b, b), options.fresh(b, max(shorts)),
+            *((CLIP_COLD_READS, CLIP_COLD_TOL) if cold else (READS, CLIP_TOL)), options.seed,
+        )  # fmt: skip
+        clipped = words.clipped_step_ if single else partial(clipped_step_, words, owner=owner)
+        info = clipped(*clip)
+        sigma, tau = (info[:, INFO["sigma"]], info[:, INFO["tau"]] / info[:, INFO["scale"]].clamp(min=1e-300))
+        bound = (info[:, INFO["theta"]] + info[:, INFO["outside"]]).sqrt() / info[:, INFO["scale"]].clamp(min=1e-300)
+        moved_by = size * torch.where(sigma < tau, sigma / tau, 1)
+    else:
+        rule = (COLD_READS, TOL, COLD_MIN_READS) if cold else (READS, TOL, 1)
+        arguments = (
+            bucket.P, bucket.M, bucket.G, V, scale, draws, size, decay, *moved, options.upper, b,
+            options.fresh(b, b), *rule, options.seed,
+        )  # fmt: skip
+        if single:
+            info, bound = words.tracked_step_(*arguments)
+        else:  # a bad entry anywhere in a parameter holds all its matrices back
+            info, bound = tracked_step_(words, *arguments, owner=owner)
+        before, moved_by = trackers[:, 2:], size
     drawn = trackers[:, 1] + (1.0 if skip is None else (~skip).double())
-    new = torch.stack((scale.double(), drawn), 1)
+    new = torch.cat((torch.stack((scale.double(), drawn), 1), before), 1)
     torch._foreach_copy_([s["tracker"] for s in states], list(new.split(bucket.counts)))
     blocks = [s["block"] for s in states]
     parts = V.split([x.numel() for x in blocks])
     torch._foreach_copy_(blocks, [part.view(x.shape) for part, x in zip(parts, blocks, strict=True)])
     bad = (info[:, INFO["nan"]] + info[:, INFO["inf"]]) > 0
     held = hold_back(bad, skip, owner, options.propagate)
-    return info, bound, *_held(held, size, owner, len(states))
+    return info, bound, *_held(held, moved_by, owner, len(states))
 
 
 def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -337,7 +384,7 @@ def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tupl
     size, decay, skip, owner = _common(bucket, entries)
     states = [entries[i].state for i in bucket.entries]
     trackers = torch.cat([s["tracker"] for s in states])
-    words = registry.words(first.device.type, first.dtype, options.block)
+    words = registry.words(first.device.type, first.dtype, 4)
     moved = (options.momentum, options.alpha, options.nesterov)
     scale = torch.where(trackers[:, 0] > 0, trackers[:, 0], 1).to(acc)
     norms = words.momentum_norms_(M, G, scale, skip, *moved, True, options.propagate)

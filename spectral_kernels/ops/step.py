@@ -13,13 +13,14 @@ from torch import Tensor
 from .. import scaling
 from . import arguments
 from .arguments import check_choice
-from .engine import Entry, Options, prepare, take
+from .engine import Entry, Options, direction_of, prepare, take
 from .layout import Layout
 from .retract import retract_
 
-DIRECTIONS = ("normalize", "frobenius")
+DIRECTIONS = ("normalize", "clip", "frobenius")
 NONFINITE = ("skip", "strict", "propagate")
 SAFETY = ("upper",)
+MOST_COLUMNS = 128  # of a block that is asked for
 
 
 def check_options(
@@ -31,6 +32,8 @@ def check_options(
     retract: Any,
     nonfinite: Any,
     block: Any,
+    rank: Any = None,
+    threshold: Any = None,
     momentum_dtype: Any = None,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, what was given and what is allowed."""
@@ -47,9 +50,28 @@ def check_options(
     if safety is not None:
         check_choice("safety", safety, SAFETY)
     check_choice("nonfinite", nonfinite, NONFINITE)
-    arguments.check_int("block", block, 2, 64)
+    _check_clip(direction, rank, threshold, safety)
+    if block is not None:
+        arguments.check_int("block", block, 2 if rank is None else max(2, rank), MOST_COLUMNS)
     if momentum_dtype is not None and momentum_dtype not in arguments.FLOATS:
         raise ValueError(f"momentum_dtype must be a float dtype, not {momentum_dtype}")
+
+
+def _check_clip(direction: str, rank: Any, threshold: Any, safety: Any) -> None:
+    if direction != "clip":
+        for name, value in (("rank", rank), ("threshold", threshold)):
+            if value is not None:
+                raise ValueError(f"{name}={value} goes with direction='clip', not with {direction!r}")
+        return
+    if (rank is None) == (threshold is None):
+        given = "neither" if rank is None else f"rank={rank} and threshold={threshold}"
+        raise ValueError(f"direction='clip' takes one of rank and threshold, {given} given")
+    if rank is not None:
+        arguments.check_int("rank", rank, 1, None)
+    else:
+        arguments.check_number("threshold", threshold, 0.0, above=True)
+    if safety is not None:
+        raise ValueError(f"safety={safety!r} goes with direction='normalize', not with 'clip'")
 
 
 def check_rate(name: str, value: Any) -> None:
@@ -105,6 +127,8 @@ def spectral_step_(
     momentum: float = 0.95,
     nesterov: bool = False,
     direction: str = "normalize",
+    rank: int | None = None,
+    threshold: float | None = None,
     rule: str | float = "rms_to_rms",
     weight_decay: float | Tensor = 0.0,
     num_heads: int | None = None,
@@ -114,7 +138,7 @@ def spectral_step_(
     nonfinite: str = "skip",
     error_if_nonfinite: bool = False,
     maximize: bool = False,
-    block: int = 4,
+    block: int | None = None,
     momentum_dtype: torch.dtype | None = None,
     seed: int = 0,
     state: Any = None,
@@ -123,12 +147,15 @@ def spectral_step_(
     """W <- (1 - lr weight_decay) W - lr rule(m, n) M / ||M||, M <- momentum M + G; in place, W is returned.
 
     W, G: tensors (..., m, n) = (..., fan_out, fan_in) or lists of such, one device per list; every matrix has its own
-    norm. direction: "normalize" divides by the spectral norm (Eq. 17), "frobenius" by the Frobenius norm. rule:
+    norm. direction: "normalize" divides by the spectral norm (Eq. 17), "frobenius" by the Frobenius norm; "clip" puts
+    D = sum of min(sigma_i / tau, 1) u_i v_i' in the place of M / ||M||, tau the singular value number `rank` (1 to
+    min(m, n): from Eq. 17 to the polar factor) or `threshold` (docs/clip.md). rule:
     "rms_to_rms" = sqrt(m / n), "original", "match_rms_adamw", "none", or a number. nesterov: M + the look-ahead
     momentum M + G. num_heads, split_sizes: blocks of rows that are matrices of their own. retract: afterwards every
     matrix is set to this spectral norm (a number or a rule). safety="upper" divides by an upper bound of the norm that
     always holds. state: a dict (a list of dicts), empty at first, filled in place with tensors; without one every call
-    is a first step. block: directions that are followed per matrix.
+    is a first step. block: directions that are followed per matrix, by default 4, for clip rank + min(rank, 16), or 32
+    with a threshold: where more values exceed it, tau is the last one followed, and info says so.
 
     The norm is a lower estimate, on average 1 to 2 reads of M; docs/tracking.md has its measured errors. A W whose
     gradient or new momentum is not finite stays bit for bit, non-finite entries do not enter M; nonfinite="strict"
@@ -143,15 +170,16 @@ def spectral_step_(
         raise ValueError(f"{len(weights)} weights, {len(grads)} gradients and {len(states)} states do not match")
     check_options(
         momentum=momentum, direction=direction, rule=rule, safety=safety, retract=retract, nonfinite=nonfinite,
-        block=block, momentum_dtype=momentum_dtype,
+        block=block, rank=rank, threshold=threshold, momentum_dtype=momentum_dtype,
     )  # fmt: skip
     check_rate("lr", lr)
     check_rate("weight_decay", weight_decay)
     arguments.check_seed(seed)
     layout = Layout("matrix", num_heads=num_heads, split_sizes=None if split_sizes is None else tuple(split_sizes))
     options = Options(
-        float(momentum), nesterov, direction, maximize, nonfinite == "propagate", safety == "upper", block, seed
-    )
+        float(momentum), nesterov, direction_of(direction, rank), maximize, nonfinite == "propagate",
+        safety == "upper", block, seed, rank, None if threshold is None else float(threshold),
+    )  # fmt: skip
     names = [f"W[{i}]" if is_list else "W" for i in range(len(weights))]
     for name, w, g in zip(names, weights, grads, strict=True):
         arguments.check_matrix(w, name)
@@ -163,6 +191,9 @@ def spectral_step_(
             )
         check_gradient(w, g, "spectral_step_", name)
         layout.check(w.shape, name)
+        short = min((min(m, n) for _, m, n in layout.sides(w.shape)), default=0)
+        if rank is not None and w.numel() and rank > short:
+            raise ValueError(f"rank must be 1 to min(m, n) = {short} for {name} of shape {tuple(w.shape)}, not {rank}")
     decay = lr * weight_decay
     entries = [
         Entry(w, g, s, layout, layout.factors(w.shape, rule), lr, decay)

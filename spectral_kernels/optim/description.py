@@ -17,6 +17,7 @@ class Row:
     role: Role
     factor: float
     lr: float
+    rank: str = ""  # of direction "clip": per kind of matrix, clamped to its smaller side
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ class Description:
         return [row.name for row in self.rows if row.role.why == BY_SHAPE]
 
     def __str__(self) -> str:
-        columns = ("parameter", "shape", "kind", "why", ">fan_out", ">fan_in", ">matrices", ">factor", ">lr")
-        parts = [text_table(columns, [_cells(row) for row in self.rows])] if self.rows else []
+        columns: tuple[str, ...] = ("parameter", "shape", "kind", "why", ">fan_out", ">fan_in", ">matrices")
+        columns = (*columns, ">factor", ">lr")
+        cells = [_cells(row) for row in self.rows]
+        if any(row.rank for row in self.rows):
+            columns = (*columns, ">rank")
+            cells = [(*line, row.rank) for line, row in zip(cells, self.rows, strict=True)]
+        parts = [text_table(columns, cells)] if self.rows else []
         if self.skipped:
             cells = [(row.name, shape_text(row.shape), row.reason) for row in self.skipped]
             parts.append(text_table(("left out", "shape", "reason"), cells))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..kernels.contracts import INFO
 from ..ops import arguments
-from ..ops.engine import Entry, Options, Outcome, Seat, block_shape, is_tracked, prepare, start, take
+from ..ops.engine import Entry, Options, Outcome, Seat, block_shape, direction_of, is_tracked, prepare, start, take
 from ..ops.layout import Layout, kind_of
 from ..ops.retract import retract_
 from ..ops.step import check_gradient, check_options, check_rate, guard
@@ -31,6 +31,8 @@ class StepInfo(NamedTuple):
     reads: Tensor  # passes over the momentum, that of its own update included
     error: Tensor  # estimated relative error of sigma
     frob: Tensor  # Frobenius norm
+    tau: Tensor  # clip: the value at which singular values are clipped; else 0
+    beyond: Tensor  # clip: 1 where more values exceed the threshold than the block holds: tau is above it then
     tracked: bool  # sigma is a spectral norm followed by a block
 
 
@@ -38,9 +40,11 @@ class SpectralOptimizer(Optimizer):
     """delta W = -lr rule(fan_out, fan_in) M / ||M||_2, M <- momentum M + G, for every matrix of a model.
 
     params: as torch's optimizers take them; `optim.param_groups(model)` says what every parameter is, bare parameters
-    are taken by their shape. lr: float or one-element tensor. direction: "normalize" (spectral norm) or "frobenius".
+    are taken by their shape. lr: float or one-element tensor. direction: "normalize" (spectral norm), "frobenius", or
+    "clip": every singular value divided by the one number `rank`, or by `threshold`, and cut at 1 (docs/clip.md).
     rule: "rms_to_rms" (Condition 1), "original", "match_rms_adamw", "none" or a number. weight_decay: decoupled,
-    W <- (1 - lr weight_decay) W. block: directions followed per matrix (4 or 8). safety="upper": divide by an upper
+    W <- (1 - lr weight_decay) W. block: directions followed per matrix (4; clip: rank + min(rank, 16)). safety="upper":
+    divide by an upper
     bound that always holds. retract: after every step matrices are set to this spectral norm (a number or a rule).
     nonfinite: what a gradient with NaN or inf does: "skip" (the parameter stays bit for bit, finite entries enter the
     momentum), "strict" (the state stays too; one more read), "propagate" (as torch). error_if_nonfinite: RuntimeError
@@ -59,9 +63,11 @@ class SpectralOptimizer(Optimizer):
         momentum: float = 0.95,
         nesterov: bool = False,
         direction: str = "normalize",
+        rank: int | None = None,
+        threshold: float | None = None,
         rule: str | float = "rms_to_rms",
         weight_decay: float = 0.0,
-        block: int = 4,
+        block: int | None = None,
         safety: str | None = None,
         retract: str | float | None = None,
         nonfinite: str = "skip",
@@ -79,7 +85,8 @@ class SpectralOptimizer(Optimizer):
         self._last: list[Outcome] = []
         self._seats: dict[Tensor, Seat] = {}
         defaults = {
-            "lr": lr, "momentum": momentum, "nesterov": nesterov, "direction": direction, "rule": rule,
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "direction": direction, "rank": rank,
+            "threshold": threshold, "rule": rule,
             "weight_decay": weight_decay, "block": block, "safety": safety, "retract": retract,
             "nonfinite": nonfinite, "maximize": maximize, "seed": seed, "kind": None, "transposed": False,
             "groups": 1, "num_heads": None, "split_sizes": None,
@@ -184,7 +191,7 @@ class SpectralOptimizer(Optimizer):
         M = entry.layout.buffer_stacks(entry.layout.buffer_dense(entry.state["momentum_buffer"]))
         if not is_tracked(entry.layout, M, options.direction):
             return
-        shape = block_shape(M, options.block)
+        shape = block_shape(M, options.columns(M))
         if tuple(block.shape) != shape:
             warnings.warn(
                 f"the block of a parameter of shape {tuple(entry.param.shape)} is {tuple(block.shape)}, now it must be "
@@ -193,12 +200,13 @@ class SpectralOptimizer(Optimizer):
                 stacklevel=4,
             )
             entry.state["block"] = start(M, options)
-            entry.state["tracker"][:, 0] = 0
+            entry.state["tracker"].select(1, 0).zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but nothing is loaded where a shape differs, and the state keeps its dtypes bit for bit.
 
-        `block` stays what this optimizer was built with: blocks of a checkpoint with another width are started anew.
+        direction, rank, threshold and block stay what this optimizer was built with: blocks of a checkpoint with
+        another width are started anew.
         """
         final: dict[str, Any] = {}
 
@@ -206,14 +214,14 @@ class SpectralOptimizer(Optimizer):
             self._check_loaded(given)
             final.update(given)
 
-        widths = [group["block"] for group in self.param_groups]
+        mine_stay = [{key: group[key] for key in _FOLLOWED} for group in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(look)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for group, width in zip(self.param_groups, widths, strict=True):
-            group["block"] = width
+        for group, kept in zip(self.param_groups, mine_stay, strict=True):
+            group.update(kept)
         numbers = [i for group in final["param_groups"] for i in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(numbers, mine, strict=True):
@@ -253,7 +261,9 @@ class SpectralOptimizer(Optimizer):
                 sigma, scale = info[:, INFO["sigma"]], info[:, INFO["scale"]]
                 frob = info[:, INFO["frob2"]].sqrt() / torch.where(scale > 0, scale, 1)
                 moved = torch.where(sigma > 0, size, 0)
-                rest = (info[:, INFO["reads"]], info[:, INFO["error"]], frob, tracked[i])
+                unit = torch.where(scale > 0, scale, 1)
+                clip = (info[:, INFO["tau"]] / unit, info[:, INFO["beyond"]])
+                rest = (info[:, INFO["reads"]], info[:, INFO["error"]], frob, *clip, tracked[i])
                 yield outcome.names[i], StepInfo(sigma, upper, moved, *rest)
 
     def describe(self) -> Description:
@@ -275,8 +285,10 @@ class SpectralOptimizer(Optimizer):
                     p, kind=group["kind"] or kind_of(p.shape), transposed=group["transposed"], groups=group["groups"],
                     num_heads=group["num_heads"], split_sizes=group["split_sizes"], why=why,
                 )  # fmt: skip
-                factors = _layout(group, p).factors(p.shape, group["rule"])
-                rows.append(Row(name, tuple(p.shape), role, factors[0], float(group["lr"]) * factors[0]))
+                layout = _layout(group, p)
+                factor = layout.factors(p.shape, group["rule"])[0]
+                rank = _ranks(layout, p.shape, group["rank"])
+                rows.append(Row(name, tuple(p.shape), role, factor, float(group["lr"]) * factor, rank))
         if self._described is not None:
             skipped += self._described.skipped
         description = Description(rows, skipped)
@@ -297,12 +309,13 @@ class SpectralOptimizer(Optimizer):
 
 
 def _check(group: dict[str, Any], momentum_dtype: torch.dtype | None = None) -> None:
-    names = ("momentum", "direction", "rule", "safety", "retract", "nonfinite", "block")
+    names = ("momentum", "direction", "rank", "threshold", "rule", "safety", "retract", "nonfinite", "block")
     check_options(**{name: group[name] for name in names}, momentum_dtype=momentum_dtype)
     check_rate("lr", group["lr"])
     check_rate("weight_decay", group["weight_decay"])
 
 
+_FOLLOWED = ("direction", "rank", "threshold", "block")
 _ROLE = ("kind", "transposed", "groups", "num_heads")
 
 
@@ -314,9 +327,18 @@ def _fits(p: Tensor, grad: Tensor) -> bool:
 
 def _options(group: dict[str, Any]) -> Options:
     return Options(
-        float(group["momentum"]), bool(group["nesterov"]), group["direction"], bool(group["maximize"]),
-        group["nonfinite"] == "propagate", group["safety"] == "upper", group["block"], group["seed"],
+        float(group["momentum"]), bool(group["nesterov"]), direction_of(group["direction"], group["rank"]),
+        bool(group["maximize"]), group["nonfinite"] == "propagate", group["safety"] == "upper", group["block"],
+        group["seed"], group["rank"], group["threshold"],
     )  # fmt: skip
+
+
+def _ranks(layout: Layout, shape: torch.Size, rank: int | None) -> str:
+    """The rank at which the matrices of a parameter are clipped: the group's, or their smaller side."""
+    if rank is None or layout.kind not in ("matrix", "conv"):
+        return ""
+    shorts = sorted({min(m, n) for _, m, n in layout.sides(shape)})
+    return ", ".join(dict.fromkeys(f"{min(rank, s)} = min(m, n)" if s < rank else str(rank) for s in shorts))
 
 
 def _layout(group: dict[str, Any], p: Tensor) -> Layout:

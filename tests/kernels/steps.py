@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_kernels.kernels.contracts import sides
+from spectral_kernels.kernels.contracts import acc_dtype, sides
 from tests.kernels.lists import LAYOUTS, SHAPES
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integers of the same size
@@ -105,3 +105,11 @@ def powers(N: int, dtype: torch.dtype, device: str, seed: int = 4) -> Tensor:
     """(N,) powers of two from 1/8 to 8."""
     g = torch.Generator().manual_seed(seed)
     return (2.0 ** torch.randint(-3, 4, (N,), generator=g)).to(dtype).to(device)
+
+
+def corrections(M: list[Tensor], r: int, seed: int = 11) -> tuple[Tensor, Tensor]:
+    """Flat (r, m_j) and (r, n_j) in the accumulation dtype of M."""
+    g = torch.Generator().manual_seed(seed)
+    acc, device = acc_dtype(M[0].dtype), M[0].device
+    left, right = (torch.randn(r * sum(sides(M, dim)), generator=g).to(acc).to(device) for dim in (1, 2))
+    return left, right

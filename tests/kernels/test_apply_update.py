@@ -9,11 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectral_kernels.kernels.contracts import acc_dtype, counts
+from spectral_kernels.kernels.contracts import acc_dtype, counts, sides
 from tests.kernels.lists import DTYPES, LAYOUTS, SHAPES, kernel, ragged, served
 from tests.kernels.steps import (
     GRADIENTS,
     copies,
+    corrections,
+    flat_parts,
     gradient,
     matrices,
     pairwise,
@@ -24,13 +26,14 @@ from tests.kernels.steps import (
 )
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
-# layout and dtype of P, layout and dtype of M, of G (None: X = M), (beta, alpha)
+# layout and dtype of P, layout and dtype of M, of G (None: X = M), (beta, alpha), rank of the correction
 AHEAD = [(None, None), *zip(GRADIENTS, itertools.cycle(DTYPES), strict=False)]
 RATES = [(0.95, 1.0), (0.9, 0.1), (0.0, -1.0)]
-FACTORS = (list(SHAPES), list(LAYOUTS), DTYPES, list(LAYOUTS), DTYPES, AHEAD, RATES)
+RANKS = [0, 1, 4, 7, 16, 40]
+FACTORS = (list(SHAPES), list(LAYOUTS), DTYPES, list(LAYOUTS), DTYPES, AHEAD, RATES, RANKS)
 PAIRWISE = pairwise(*FACTORS)
 CROSS = [  # every list, layout and pair of dtypes; the other options take turns
-    (family, layout, dtype, list(LAYOUTS)[i % 6], dtype_m, AHEAD[i % 7], RATES[i // 7 % 3])
+    (family, layout, dtype, list(LAYOUTS)[i % 6], dtype_m, AHEAD[i % 7], RATES[i // 7 % 3], RANKS[i // 5 % 6])
     for i, (family, layout, dtype, dtype_m) in enumerate(itertools.product(SHAPES, LAYOUTS, DTYPES, DTYPES))
 ]
 NATIVE = [pair for pair in served() if pair[0] != "reference"]
@@ -45,19 +48,23 @@ def amounts(N, dtype, device, seed=6):
 
 
 def check_against_float64(backend, device, case):
-    family, layout, dtype, layout_m, dtype_m, (layout_g, dtype_g), (beta, alpha) = case
+    family, layout, dtype, layout_m, dtype_m, (layout_g, dtype_g), (beta, alpha), r = case
     before, M = ragged(family, layout, dtype, device, seed=2), ragged(family, layout_m, dtype_m, device)
     G = [] if layout_g is None else gradient(family, layout_g, dtype_g, device)
-    P, sources = copies(before), copies([*M, *G])
+    correction = corrections(M, r) if r else (None, None)
+    inputs = [*M, *G, *(correction if r else ())]
+    P, sources = copies(before), copies(inputs)
     acc, N = acc_dtype(dtype_m), counts(M)
     size, decay = amounts(N, acc, device)
     scale = powers(N, acc, device)
-    kernel("apply_update_", backend, device, dtype_m, 4)(P, M, G, size, scale, decay, None, beta, alpha)
-    assert all(same_bits(now, then) for now, then in zip([*M, *G], sources, strict=True))
+    kernel("apply_update_", backend, device, dtype_m, 4)(P, M, G, size, scale, decay, None, beta, alpha, *correction, r)
+    assert all(same_bits(now, then) for now, then in zip(inputs, sources, strict=True))
     assert all(untouched_outside(p, p0) for p, p0 in zip(P, before, strict=True))
     eps = torch.finfo(acc_dtype(dtype)).eps
     eps_x = max(eps, torch.finfo(acc).eps)
     ahead = matrices(G) if G else ((j, None) for j in itertools.count())
+    if r:
+        lefts, rights = (flat_parts(x.double(), r, sides(M, dim)) for x, dim in zip(correction, (1, 2), strict=True))
     for (j, p), (_, p0), (_, m), (_, g) in zip(matrices(P), matrices(before), matrices(M), ahead, strict=False):
         kept, pull = (1 - decay[j]) * p0.double(), size[j].double() * scale[j].double()
         x, absolute = m.double(), m.double().abs()
@@ -66,6 +73,9 @@ def check_against_float64(backend, device, case):
         exact = kept - pull * x
         # 1 - decay, beta, alpha, G, their products and the sums are rounded to acc, the last sum to P's dtype
         rounding = 3 * eps_x * pull * absolute + 2 * eps * kept.abs()
+        if r:  # a sum of r products in any order, and a sum with what is there
+            exact = exact + size[j].double() * (lefts[j].mT @ rights[j])
+            rounding = rounding + (r + 3) * eps_x * size[j].double() * (lefts[j].abs().mT @ rights[j].abs())
         assert ((p.double() - exact).abs() <= spacing(exact, dtype) / 2 + rounding).all()
 
 
@@ -107,8 +117,8 @@ def test_a_convolution_moves_at_its_own_strides(backend, device, layout):
 
 @pytest.mark.parametrize(("backend", "device"), served())
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ahead", [False, True])
-def test_skipped_matrices_stay_to_the_last_bit(backend, device, dtype, ahead):
+@pytest.mark.parametrize(("ahead", "r"), [(False, 0), (True, 0), (False, 7), (True, 1)])
+def test_skipped_matrices_stay_to_the_last_bit(backend, device, dtype, ahead, r):
     fn = kernel("apply_update_", backend, device, f32, 4)
     before = ragged("stacks", "transposed", dtype, device)
     before[0][0, 0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0], dtype=dtype)
@@ -116,11 +126,15 @@ def test_skipped_matrices_stay_to_the_last_bit(backend, device, dtype, ahead):
     M[0][0, 1, 1], G[0][0, 1, 1] = float("nan"), float("inf")
     size, decay = amounts(15, f32, device)
     size[0], decay[6] = float("nan"), 0.5
+    correction = [*corrections(M, r), r] if r else []
+    if r:
+        flat_parts(correction[0], r, sides(M, 1))[0][0, 3] = float("nan")
+        flat_parts(correction[1], r, sides(M, 2))[6].fill_(float("inf"))
     skip = torch.zeros(15, dtype=torch.bool, device=device)
     skip[[0, 6, 14]] = True
     scale, P, everything = powers(15, f32, device), copies(before), copies(before)
-    fn(everything, M, G if ahead else [], size, scale, decay, None, 0.9, 1.0)
-    fn(P, M, G if ahead else [], size, scale, decay, skip, 0.9, 1.0)
+    fn(everything, M, G if ahead else [], size, scale, decay, None, 0.9, 1.0, *correction)
+    fn(P, M, G if ahead else [], size, scale, decay, skip, 0.9, 1.0, *correction)
     for (j, now), (_, then), (_, full) in zip(matrices(P), matrices(before), matrices(everything), strict=True):
         assert same_bits(now, then if skip[j] else full)
         if j not in (0, 14):  # amounts: of 14 size and decay are zero
@@ -188,7 +202,8 @@ def test_numbers_that_are_not_finite_stay_where_they_are(backend, device, dtype)
 
 @pytest.mark.parametrize(("backend", "device"), NATIVE)
 @pytest.mark.parametrize(("dtype", "dtype_m"), [(f32, f32), (bf16, f32), (bf16, bf16), (f64, f64)])
-def test_same_bits_alone_in_a_list_and_for_any_threads(backend, device, dtype, dtype_m):
+@pytest.mark.parametrize("r", [0, 7, 16])
+def test_same_bits_alone_in_a_list_and_for_any_threads(backend, device, dtype, dtype_m, r):
     fn = kernel("apply_update_", backend, device, dtype_m, 4)
     families = ("odd", "chunks", "stacks", "vectors")
     before = [a for family in families for a in ragged(family, "both strided", dtype, device, seed=2)]
@@ -196,18 +211,22 @@ def test_same_bits_alone_in_a_list_and_for_any_threads(backend, device, dtype, d
     G = [a for family in families for a in gradient(family, "transposed", dtype_m, device)]
     acc, N = acc_dtype(dtype_m), counts(M)
     (size, decay), scale = amounts(N, acc, device), powers(N, acc, device)
+    correction = corrections(M, r) if r else (None, None)
     results = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
         P = copies(before)
-        fn(P, M, G, size, scale, decay, None, 0.9, 1.0)
+        fn(P, M, G, size, scale, decay, None, 0.9, 1.0, *correction, r)
         results.append(P)
     for other in results[1:]:
         assert all(same_bits(p, q) for p, q in zip(results[0], other, strict=True))
+    sources = [flat_parts(x, r, sides(M, dim)) for x, dim in zip(correction, (1, 2), strict=True)] if r else None
     j = 0
     for i, p in enumerate(before):
         for k in range(p.shape[0]):
             one, own = copies([p[k : k + 1]]), slice(j, j + 1)
-            fn(one, [M[i][k : k + 1]], [G[i][k : k + 1]], size[own], scale[own], decay[own], None, 0.9, 1.0)
+            mine = [x[j].flatten() for x in sources] if sources else (None, None)
+            moving = ([M[i][k : k + 1]], [G[i][k : k + 1]], size[own], scale[own], decay[own])
+            fn(one, *moving, None, 0.9, 1.0, *mine, r)
             assert same_bits(one[0][0], results[0][i][k])
             j += 1

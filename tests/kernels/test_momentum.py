@@ -13,6 +13,7 @@ from tests.kernels.steps import (
     GRADIENTS,
     blocks_of,
     copies,
+    flat_parts,
     gradient,
     matrices,
     pairwise,
@@ -24,7 +25,8 @@ from tests.kernels.steps import (
 
 WIDTHS = [1, 3, 4, 8]
 RATES = [(0.95, 1.0), (0.9, 0.1), (0.0, -1.0), (0.8, -0.5)]  # (beta, alpha)
-OPTIONS = (GRADIENTS, DTYPES, RATES, [False, True], [True, False])  # of G, its dtype, nesterov, update
+# of G, its dtype, rates, nesterov, update, with_y
+OPTIONS = (GRADIENTS, DTYPES, RATES, [False, True], [True, False], [True, False])
 PAIRWISE = pairwise(list(SHAPES), list(LAYOUTS), DTYPES, WIDTHS, *map(list, OPTIONS))
 CROSS = [  # every list, layout, dtype and width; the other options take turns
     (*case, *(list(option)[(i // 7 + i) % len(option)] for option in OPTIONS))
@@ -37,13 +39,22 @@ f32, f64 = torch.float32, torch.float64
 
 
 def call(word, backend, device, M, G, V, scale, b=4, *, skip=None, rates=(0.9, 1.0), nesterov=False, update=True,
-         propagate=False):  # fmt: skip
-    """Either word; momentum_norms_ gives its norms alone."""
+         propagate=False, with_y=True):  # fmt: skip
+    """Either word: (W, S, Y, stats) or (norms,)."""
     fn = kernel(word, backend, device, M[0].dtype, b)
     options = (skip, *rates, nesterov, update, propagate)
     if word == "momentum_norms_":
         return (fn(M, G, scale, *options),)
-    return fn(M, G, V, scale, *options, b)
+    W, S, stats, Y = fn(M, G, V, scale, *options, b, with_y)
+    return W, S, Y, stats
+
+
+def by_matrix(out, b, M):
+    """One sequence per output, with one entry per matrix."""
+    if len(out) == 1:
+        return out
+    W, S, Y, stats = out
+    return blocks_of(W, b, M), S, flat_parts(Y, b, sides(M, 1)), stats
 
 
 def stats_of(word, out):
@@ -63,7 +74,7 @@ def moved(m, g, rates, dtype):
 
 
 def check_against_float64(backend, device, case):
-    family, layout, dtype, b, of_gradient, dtype_g, rates, nesterov, update = case
+    family, layout, dtype, b, of_gradient, dtype_g, rates, nesterov, update, with_y = case
     before = ragged(family, layout, dtype, device)
     G = gradient(family, of_gradient, dtype_g, device)
     G_before = copies(G)
@@ -72,7 +83,7 @@ def check_against_float64(backend, device, case):
     V_before, scale_before = V.clone(), scale.clone()
     for word in BOTH:
         M = copies(before)
-        options = dict(rates=rates, nesterov=nesterov, update=update)
+        options = dict(rates=rates, nesterov=nesterov, update=update, with_y=with_y)
         out = call(word, backend, device, M, G, V, scale, b, **options)
         inputs = zip([*G, V, scale], [*G_before, V_before, scale_before], strict=True)
         assert all(same_bits(now, then) for now, then in inputs)
@@ -84,11 +95,13 @@ def check_against_float64(backend, device, case):
             exact, rounding = moved(m0, g, rates, dtype)
             half = spacing(exact, dtype) / 2 if dtype in LOW else 0  # of float32 and float64: in `rounding`
             assert ((m.double() - exact).abs() <= half + rounding).all()
-        W, S, stats = out[:3] if word == BOTH[0] else (None, None, out[0])
+        W, S, Y, stats = out if word == BOTH[0] else (None, None, None, out[0])
         assert all(x.dtype == f64 for x in (S, stats) if x is not None) and (W is None or W.dtype == V.dtype)
         if W is not None:
             W_parts = blocks_of(W, b, M)
             V_parts = blocks_of(V.double(), b, M)
+            assert Y.dtype == V.dtype and Y.shape == (b * sum(sides(M, 1)) * with_y,)
+            Y_parts = flat_parts(Y, b, sides(M, 1)) if with_y else []
         for (j, m), (_, g) in zip(matrices(M), matrices(G), strict=True):
             stored, slack = m.double(), torch.zeros((), dtype=f64)
             if nesterov:
@@ -101,6 +114,7 @@ def check_against_float64(backend, device, case):
                 w, s = (x.mT @ y).mT, y.mT @ y
                 assert (W_parts[j] - w).norm() <= 64 * eps * (1 + w.norm())
                 assert (S[j] - s).norm() <= 64 * eps * (1 + s.norm())
+                assert not with_y or (Y_parts[j] - y.mT).norm() <= 32 * eps * (1 + y.norm())
             square = x.square()
             assert abs(stats[j, STATS["frob2"]] - square.sum()) <= 32 * eps * square.sum()
             largest = stored.abs().max() if x.numel() else 0.0
@@ -122,6 +136,17 @@ def test_agrees_with_float64(backend, device, case):
 @pytest.mark.parametrize("case", CROSS, ids=lambda case: "-".join(map(str, case[:4])))
 def test_agrees_with_float64_everywhere(backend, device, case):
     check_against_float64(backend, device, case)
+
+
+@pytest.mark.parametrize(("backend", "device"), served())
+@pytest.mark.parametrize("b", [16, 24, 80])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_wide_blocks(backend, device, b, with_y):
+    """Wider than the columns that one pass over a matrix may take."""
+    for turn, dtype in enumerate((f32, f64, torch.bfloat16)):
+        for family in ("odd", "stacks"):
+            case = (family, "contiguous", dtype, b, "transposed", f32, RATES[turn], turn == 1, True, with_y)
+            check_against_float64(backend, device, case)
 
 
 def test_pairwise_sample_covers():
@@ -179,9 +204,7 @@ def test_skipped_matrices_stay_and_give_zeros(backend, device, dtype, nesterov, 
     out = call(word, backend, device, M, G, V, scale, skip=skip, nesterov=nesterov)
     for (j, now), (_, then), (_, full) in zip(matrices(M), matrices(before), matrices(all_moved), strict=True):
         assert same_bits(now, then if skip[j] else full)
-    for x, full in zip(out, everything, strict=True):
-        flat = x.dim() == 1
-        parts, of_all = (blocks_of(x, 4, M), blocks_of(full, 4, M)) if flat else (x, full)
+    for parts, of_all in zip(by_matrix(out, 4, M), by_matrix(everything, 4, M), strict=True):
         for j, (part, of_full) in enumerate(zip(parts, of_all, strict=True)):
             assert not part.any() if skip[j] else torch.equal(part, of_full)
 
@@ -231,11 +254,8 @@ def test_entries_that_are_not_finite_count_as_zero(backend, device, dtype, word,
     else:
         same = list(range(15))
     free_of_flags = [c for c in range(stats_of(word, out).shape[1]) if c not in (STATS["nan"], STATS["inf"])]
-    for x, y in zip(out, truth, strict=True):
-        if x is out[-1]:
-            x, y = x[:, free_of_flags], y[:, free_of_flags]
-        if x.dim() == 1:
-            x, y = blocks_of(x, 4, M), blocks_of(y, 4, M)
+    out, truth = ((*x[:-1], x[-1][:, free_of_flags]) for x in (out, truth))
+    for x, y in zip(by_matrix(out, 4, M), by_matrix(truth, 4, M), strict=True):
         assert all(torch.equal(x[j], y[j]) for j in same)
     if not nesterov:  # with it the large entries of G are still there, and their squares overflow acc
         assert all(torch.isfinite(x).all() for x in out)
@@ -316,13 +336,12 @@ def test_same_bits_alone_in_a_list_and_for_any_threads(backend, device, dtype, w
         results.append((*call(word, backend, device, M, G, V, scale, nesterov=True), *M))
     for other in results[1:]:
         assert all(same_bits(x, y) for x, y in zip(results[0], other, strict=True))
-    n = sides(before, 2)
-    out, M = results[0][: -len(before)], results[0][-len(before) :]
+    together, M = by_matrix(results[0][: -len(before)], 4, before), results[0][-len(before) :]
     parts = blocks_of(V, 4, before)
     where = [(i, k) for i, m in enumerate(before) for k in range(m.shape[0])]
     for j, (i, k) in enumerate(where):
         one = copies([before[i][k : k + 1]])
         alone = call(word, backend, device, one, [G[i][k : k + 1]], parts[j].flatten(), scale[j : j + 1], nesterov=True)
         assert same_bits(one[0][0], M[i][k])
-        for x, y in zip(alone, out, strict=True):
-            assert same_bits(x.view(4, n[j]), blocks_of(y, 4, before)[j]) if y.dim() == 1 else same_bits(x[0], y[j])
+        for x, y in zip(by_matrix(alone, 4, one), together, strict=True):
+            assert same_bits(x[0], y[j])

@@ -8,10 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spectral_kernels.kernels import registry
 from spectral_kernels.kernels.composites import start_blocks
-from spectral_kernels.kernels.contracts import INFO, INFO_COLUMNS, acc_dtype
+from spectral_kernels.kernels.contracts import INFO, INFO_COLUMNS, acc_dtype, sides
 from spectral_kernels.ops import track  # noqa: F401  registers track_
 from spectral_kernels.ops.triplet import spectral_norm_op
 from tests.kernels.lists import DTYPES, flat_block, kernel, ones
+from tests.kernels.steps import corrections
 
 SHAPES = [(2, 30, 20), (1, 140, 150), (3, 5, 9)]
 
@@ -77,6 +78,7 @@ def arguments_of_a_step(word, dtype, M):
             (M, G, V, ones(M), None, 0.9, 1.0, False, True, False, 4),
             (M, G, V, ones(M), skip, 0.9, -0.1, True, True, True, 4),
             (M, G, V, ones(M), skip, 0.9, 1.0, True, False, False, 4),
+            (M, G, V, ones(M), skip, 0.9, 1.0, False, True, False, 4, True),
         ]
     if word == "momentum_norms_":
         return [
@@ -87,6 +89,7 @@ def arguments_of_a_step(word, dtype, M):
         return [
             (P, M, [], size.to(acc), ones(M), decay, None, 0.9, 1.0),
             (P, M, G, size.to(acc), ones(M), decay, skip, 0.9, 1.0),
+            (P, M, G, size.to(acc), ones(M), decay, skip, 0.9, 1.0, *corrections(M, 3), 3),
         ]
     if word == "next_block_":
         n, Q, V, T, info = state(M)
@@ -101,11 +104,27 @@ def arguments_of_a_step(word, dtype, M):
             (P, M, G, V, ones(M), step, size, decay, None, 0.9, 1.0, False, False, False, *rest),
             (P, M, G, V, 0 * ones(M), step, size, decay, skip, 0.9, 0.1, True, True, True, *rest),
         ]
+    rank, limit = 1 + torch.arange(N) % 4, torch.full((N,), 0.5, dtype=torch.float64)
+    before = torch.full((N, 2), -1.0, dtype=torch.float64)
+    if word == "clip_":
+        V, info = start_blocks(M, 4, 0), torch.zeros(N, INFO_COLUMNS, dtype=torch.float64)
+        info[:, INFO["scale"]] = 1
+        info[2, INFO["done"]] = 1
+        W, S, stats, Y = torch.ops.spectral_kernels.gram_matvec(M, V, ones(M), None, 4, True, True)
+        info[:, INFO["frob2"]] = stats[:, 0]
+        of_read = (sides(M, 1), sides(M, 2), V, *corrections(M, 4), info, W, S, Y, ones(M), rank)
+        return [(*of_read, some, before, step, 4, 4, 1, 0.1, 0) for some in (None, limit)]
+    if word == "clipped_step_":
+        V, rest = start_blocks(M, 4, 0), (4, 4, 1, 2, 0.1, 0)
+        return [
+            (P, M, G, V, ones(M), before, step, size, decay, rank, None, None, 0.9, 1.0, False, False, *rest),
+            (P, M, G, V, 0 * ones(M), before, step, size, decay, rank, limit, skip, 0.9, 0.1, True, True, *rest),
+        ]
     raise AssertionError(word)
 
 
 WORDS = [*registry.WORDS, *registry.SHORT_CUTS]
-OF_A_STEP = ("momentum_gram_matvec_", "momentum_norms_", "apply_update_", "next_block_", "tracked_step_")
+OF_A_STEP = registry.WORDS[3:]
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -137,7 +156,7 @@ def test_fakes_agree_with_results(word, dtype):
         with mode:
             predicted = op(*[fake(a) for a in args])
         real = op(*args)
-        if word in ("rayleigh_ritz_", "apply_update_"):
+        if word in ("rayleigh_ritz_", "apply_update_", "clip_"):
             assert predicted is None and real is None
             continue
         if isinstance(real, torch.Tensor):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spectral_kernels as sk
-from spectral_kernels.kernels import composites, composites_step, reference, reference_step, registry
+from spectral_kernels.kernels import composites, composites_step, reference, reference_clip, reference_step, registry
 from spectral_kernels.ops.estimate import oriented
 from tests.kernels.lists import DTYPES, kernel
 
@@ -28,6 +28,7 @@ def test_every_word_has_a_reference_or_a_default():
     served_by = dict.fromkeys(("gram_matvec", "rayleigh_ritz_"), reference) | dict.fromkeys(
         ("momentum_gram_matvec_", "momentum_norms_", "apply_update_", "next_block_"), reference_step
     )
+    served_by["clip_"] = reference_clip
     for word, module in served_by.items():
         assert rows[word]["reference"].fn is getattr(module, word)
     assert set(registry.WORDS) == {*served_by, *registry.COMPOSITES}
@@ -45,18 +46,23 @@ def test_every_word_has_a_reference_or_a_default():
 def test_native_kernels_come_first_on_the_cpu(word, dtype):
     kernel("gram_matvec", "cpu", "cpu", dtype, 4)
     choice = registry.choose(word, "cpu", dtype, 4)
-    assert choice.backend == "cpu" and choice.declined == () and choice.word == word
-    assert choice.fn is registry.table()[word]["cpu"].fn
+    assert choice.backend == "cpu" and choice.word == word
+    own = registry.table()[word].get("cpu")
+    if own is None:  # a default over native words
+        assert choice.fn.func is registry.COMPOSITES[word][0]
+        assert choice.declined == (("cpu", f"has no {word} kernel"), ("reference", f"has no {word} kernel"))
+    else:
+        assert choice.fn is own.fn and choice.declined == ()
 
 
 def test_an_unserved_width_goes_down_the_order_with_a_reason():
     kernel("gram_matvec", "cpu", "cpu", torch.float32, 4)
-    choice = registry.choose("gram_matvec", "cpu", torch.float32, 65)
+    choice = registry.choose("gram_matvec", "cpu", torch.float32, 129)
     assert choice.backend == "reference" and choice.fn is reference.gram_matvec
-    assert choice.declined == (("cpu", "serves blocks of 1 to 64 columns, not 65"),)
-    whole = registry.choose("block_krylov", "cpu", torch.float32, 65)
+    assert choice.declined == (("cpu", "serves blocks of 1 to 128 columns, not 129"),)
+    whole = registry.choose("block_krylov", "cpu", torch.float32, 129)
     assert whole.backend == "reference"
-    assert ("cpu", "serves blocks of 1 to 64 columns, not 65") in whole.declined
+    assert ("cpu", "serves blocks of 1 to 128 columns, not 129") in whole.declined
 
 
 def test_other_devices_fall_to_the_reference():
@@ -75,6 +81,9 @@ def test_the_default_composite_runs_over_the_words_of_its_backend():
         for word in ("momentum_gram_matvec_", "momentum_norms_", "apply_update_", "next_block_"):
             assert getattr(step.fn.args[0], word) is getattr(reference_step, word)
         assert step.fn.args[0].gram_matvec is reference.gram_matvec
+        clipped = registry.choose("clipped_step_", "cpu", torch.float32, 80)
+        assert clipped.backend == "reference" and clipped.fn.func is composites_step.clipped_step_
+        assert clipped.fn.args[0].clip_ is reference_clip.clip_
         with pytest.raises(AttributeError):
             words.orthogonalize  # noqa: B018
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,10 @@ CONFIGURATIONS = [
     *(f"norms {cols} {dtype} {form}" for cols in (32, 256, 2048) for dtype, form in (("float32", 0), ("bfloat16", 2))),
     "norms finish",
     *(f"apply {dtype} {form}" for dtype in ("float32", "bfloat16") for form in (0, 1, 2)),
+    *(f"correct {dtype} {form}" for dtype in ("float32", "bfloat16") for form in (0, 1, 2)),
+    *(f"product {b} float32 {kind}" for b in (32, 48, 64, 80) for kind in ("along stats", "across plain", "across ahead")),
+    *(f"product 80 {kind}" for kind in ("bfloat16 along moved", "float16 across moved", "float32 strided moved")),
+    "pieces", "total", "statistics",
 ]  # fmt: skip
 WIDTHS_ELSEWHERE = ("32", "1024", "4096")  # the ends and the middle
 
@@ -59,9 +64,28 @@ def _configurations(target: str) -> list[str]:
 
 JOBS = [(target, configuration) for target in TARGETS for configuration in _configurations(target)]
 POINTERS = {
-    "float32": ("V", "W", "Q", "M", "scale", "partial", "Y", "U", "OUT", "C"),
+    "float32": ("V", "W", "Q", "M", "scale", "partial", "Y", "U", "OUT", "C", "L", "R"),
     "float64": ("records", "squares", "S", "stats", "T", "info", "Z", "upper", "scratch", "norms", "decay"),
 }
+
+
+def _wide(name: str, rest: list[str], elements: dict[str, object], hip: bool) -> tuple[Any, dict[str, Any]]:
+    """Kernel and options of what serves wide blocks and corrections."""
+    from spectral_kernels.kernels.triton import correction, gram, wide_read
+
+    if name == "correct":
+        dtype, form = rest
+        options = {"PARAMETER": elements[dtype], "ELEMENT": elements[dtype], "GRADIENT": elements[dtype]}
+        options |= {"ACC": elements["float32"], "FORM": int(form), "AHEAD": True}
+        return correction.correct_kernel, {**options, **correction.correct_options(hip)}
+    if name == "product":
+        b, dtype, place, kind = rest
+        options = {**wide_read.product_options(int(b), hip), "ELEMENT": elements[dtype], "GRADIENT": elements[dtype]}
+        options |= {"ALONG": place != "across", "FORM": 2 if place == "strided" else 0, "STATS": kind != "plain"}
+        return wide_read.product_kernel, {**options, "MOMENTUM": {"moved": 9, "ahead": 11}.get(kind, 0)}
+    if name == "statistics":
+        return wide_read.statistics_kernel, {"num_warps": 4}
+    return gram.pieces_kernel if name == "pieces" else gram.total_kernel, dict(gram.OPTIONS)
 
 
 def _compile(target: str, configuration: str) -> dict[str, object]:
@@ -110,15 +134,17 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
         else:
             kernel, options = step.apply_kernel, {**options, **step.APPLY_OPTIONS}
             options |= {"PARAMETER": elements[dtype], "ACC": elements["float32"]}
+    elif name in ("correct", "product", "pieces", "total", "statistics"):
+        kernel, options = _wide(name, rest, elements, hip)
     else:
         kernel, options = rayleigh_ritz.step_kernel, dict(rayleigh_ritz.step_options(hip))
         options |= {"ORDER": int(rest[0]), "B": int(rest[1])}
     constants = {key: options.pop(key) for key in list(options) if key in kernel.arg_names}
     types = {"table": "*i64", "work": "*i64", "places": "*i64", "skip": "*u8", "found": "*i32"}
-    types |= {"tol": "fp32", "beta": "fp32", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= {"tol": "fp32", "beta": "fp32", "alpha": "fp32", "one": "fp32"} | dict.fromkeys(constants, "constexpr")
     if name == "block":
         types["step"] = "*i64"
-    elif name == "apply":
+    elif name in ("apply", "correct"):
         types["size"] = "*fp32"
     types |= dict.fromkeys(POINTERS["float32"], "*fp32") | dict.fromkeys(POINTERS["float64"], "*fp64")
     signature = {key: types.get(key, "i32") for key in kernel.arg_names}
@@ -141,8 +167,8 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
     result["spills"] = int(re.search(r"STACK:(\d+)", usage)[1])
     ptx = made.asm["ptx"]
     result["wide"] = len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*0x(?:10|8)\b", ptx))
-    result["wide"] += len(re.findall(r"ld\.global\S*\.v4", ptx)) if name in ("norms", "apply") else 0
-    result["tensor"] = len(re.findall(r"mma\.sync\S*tf32", ptx))
+    result["wide"] += len(re.findall(r"ld\.global\S*\.v4", ptx)) if name in ("norms", "apply", "correct") else 0
+    result["tensor"] = len(re.findall(r"mma\S*sync\S*tf32", ptx))
     return result
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 # word -> the module of this package that has it
 WORDS = {
-    "gram_matvec": "one_read",
+    "gram_matvec": "wide_read",
     "rayleigh_ritz_": "rayleigh_ritz",
     "momentum_gram_matvec_": "momentum",
     "momentum_norms_": "step",
     "apply_update_": "step",
     "next_block_": "next_block",
+    "clip_": "clip",
 }
 rank_limit = 15  # Ritz values that rayleigh_ritz_ follows
 # basis columns: K = columns + b of rayleigh_ritz_, one tile of registers; rows of T of next_block_
@@ -47,7 +48,7 @@ def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | N
 def gram_matvec(
     A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .one_read import gram_matvec as kernel
+    from .wide_read import gram_matvec as kernel
 
     return kernel(A, V, scale, skip, b, with_stats, with_y)
 
@@ -141,3 +142,29 @@ def next_block_(
     from .next_block import next_block_ as kernel
 
     return kernel(m, n, Q, T, info, V, step, b, fresh, seed)
+
+
+def clip_(
+    m: Sequence[int],
+    n: Sequence[int],
+    V: Tensor,
+    L: Tensor,
+    R: Tensor,
+    info: Tensor,
+    W: Tensor,
+    S: Tensor,
+    Y: Tensor,
+    scale: Tensor,
+    rank: Tensor,
+    limit: Tensor | None,
+    before: Tensor,
+    step: Tensor,
+    b: int,
+    r: int,
+    fresh: int,
+    tol: float,
+    seed: int,
+) -> None:
+    from .clip import clip_ as kernel
+
+    kernel(m, n, V, L, R, info, W, S, Y, scale, rank, limit, before, step, b, r, fresh, tol, seed)

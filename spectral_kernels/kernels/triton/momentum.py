@@ -1,7 +1,7 @@
 """M <- beta M + alpha G and a read of M or its look-ahead, in one pass: the kernels of reads.py with a momentum stage.
 
-Blocks of more than GROUP columns are read by several programs, of which none may store M before all have read it: there
-a pass of step.py goes first.
+Blocks of GROUP < b <= BLOCK_LIMIT columns are read by several programs, of which none may store M before all have read
+it: there a pass of step.py goes first. In wide_read.py one program holds the whole block again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..contracts import NORMS, STATS
-from . import one_read
-from .one_read import GROUP, Momentum, by_columns, form_of
+from . import wide_read
+from .one_read import BLOCK_LIMIT, GROUP, Momentum, by_columns, form_of
+from .places import ANY_FLOAT
 from .ragged import table
-from .step import ANY_FLOAT, momentum_norms_
+from .step import momentum_norms_
 
 
 def _places(M: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[list[int], tuple[int, ...]]:
@@ -49,7 +50,7 @@ def momentum_gram_matvec_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """M <- beta M + alpha G, then gram_matvec of M or of the look-ahead; see contracts.py. No host sync."""
     norms = None
-    if update and b > GROUP:
+    if update and GROUP < b <= BLOCK_LIMIT:
         norms = momentum_norms_(M, G, scale, skip, beta, alpha, nesterov, True, propagate)
         update = False
     mode = 8 + update + 2 * nesterov + 4 * propagate if update or nesterov else 0
@@ -58,11 +59,11 @@ def momentum_gram_matvec_(
     places = table(key, V.device, lambda: _places(M, G))
     element = ANY_FLOAT[G[0].dtype] if G else None
     momentum = Momentum(mode, beta, alpha, element, places.tensor, places.sizes)
-    W, S, stats, Y = one_read.read(M, V, scale, skip, b, True, with_y, momentum)
+    W, S, stats, Y = wide_read.read(M, V, scale, skip, b, True, with_y, momentum)
     if norms is not None:  # what came in before anything counted as zero
         stats[:, STATS["nan"] :] = norms[:, NORMS["nan"] : NORMS["inf"] + 1]
     return W, S, stats, Y
 
 
 def supports(dtype: torch.dtype, b: int) -> str | None:
-    return one_read.supports(dtype, b)
+    return wide_read.supports(dtype, b)

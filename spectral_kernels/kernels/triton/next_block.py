@@ -3,11 +3,9 @@
     small   T = Z diag(lambda) Z' by Jacobi rotations; C = the leading T z, orthonormal in the basis; the upper bound
     block   V = C Q, then as many random rows, orthonormal to those before, as fill b rows
 
-A round of Jacobi turns players / 2 disjoint pairs of columns at once; players - 1 rounds pair every two columns (a
-round-robin tournament), and sweeps go on until what is off the diagonal is 1e-8 of T, less than T's own rounding. All
-of it is in float64, through memory: a round reads one copy of T and writes the other. A block after one read has b
-columns, hence b - 1 rounds a sweep, and three sweeps do; squaring T, as rayleigh_ritz.py does, would cost twenty
-products for each of the b - fresh vectors.
+Rotations (jacobi.py) go on until what is off the diagonal is 1e-8 of T, less than T's own rounding. A block after one
+read has b columns, hence b - 1 rounds a sweep, and three sweeps do; squaring T, as rayleigh_ritz.py does, would cost
+twenty products for each of the b - fresh vectors.
 """
 
 from __future__ import annotations
@@ -19,78 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import random
 from ..contracts import INFO_COLUMNS
+from .draws import draw_key, normal, signed_base
+from .jacobi import jacobi
 from .ragged import on, table
 
 INFO_FIELDS = tl.constexpr(INFO_COLUMNS)
-SWEEPS = tl.constexpr(12)  # at most; four or five do
-GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-C1 = tl.constexpr(0xBF58476D1CE4E5B9)
-C2 = tl.constexpr(0x94D049BB133111EB)
-
-
-@triton.jit
-def _partner(i, turn, players):
-    """Who meets player i in this round: numbers that sum to `turn` modulo players - 1; the last takes who is left."""
-    last = players - 1
-    p = (turn - i + last) % last
-    p = tl.where(p == i, last, p)
-    p = tl.where(i == last, (turn * (players // 2)) % last, p)
-    return tl.where(i < players, p, i)
-
-
-@triton.jit
-def _rotation(P, i, p, ORDER: tl.constexpr):
-    """New column i = cos (column i) + sin (column p): what makes entry (i, p) zero. Both of a pair see the same."""
-    apart = tl.load(P + p * (ORDER + 1)) - tl.load(P + i * (ORDER + 1))
-    between = 2 * tl.load(P + tl.minimum(i, p) * ORDER + tl.maximum(i, p))
-    turns = (p != i) & (between != 0)
-    t = between / tl.where(turns, tl.abs(apart) + tl.sqrt(apart * apart + between * between), 1.0)
-    t = tl.where((apart > 0) | ((apart == 0) & (i < p)), t, -t)
-    cos = tl.rsqrt(1.0 + t * t)
-    return tl.where(turns, cos, 1.0), tl.where(turns, -t * cos, 0.0)
-
-
-@triton.jit
-def _round(P, Z, new_P, new_Z, turn, players, ORDER: tl.constexpr, SLICE: tl.constexpr):
-    """One round: new_P = J' P J, new_Z = Z J. The rotations, roots and quotients in float64, cost the most: once a
-    column, and for the rows of a tile that holds all of them not again."""
-    c = tl.arange(0, ORDER)[None, :]
-    pc = _partner(c, turn, players)
-    cos_c, sin_c = _rotation(P, c, pc, ORDER)
-    for start in range(0, players, SLICE):
-        r = start + tl.arange(0, SLICE)[:, None]
-        if SLICE == ORDER:
-            pr, cos_r, sin_r = tl.trans(pc), tl.trans(cos_c), tl.trans(sin_c)
-        else:
-            pr = _partner(r, turn, players)
-            cos_r, sin_r = _rotation(P, r, pr, ORDER)
-        keep = (r < players) & (c < players)
-        own = cos_c * tl.load(P + r * ORDER + c, mask=keep, other=0.0)
-        own += sin_c * tl.load(P + r * ORDER + pc, mask=keep, other=0.0)
-        other = cos_c * tl.load(P + pr * ORDER + c, mask=keep, other=0.0)
-        other += sin_c * tl.load(P + pr * ORDER + pc, mask=keep, other=0.0)
-        turned = tl.where((c == pr) & (c != r), 0.0, cos_r * own + sin_r * other)
-        tl.store(new_P + r * ORDER + c, turned, mask=keep)
-        vectors = cos_c * tl.load(Z + r * ORDER + c, mask=keep, other=0.0)
-        vectors += sin_c * tl.load(Z + r * ORDER + pc, mask=keep, other=0.0)
-        tl.store(new_Z + r * ORDER + c, vectors, mask=keep)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _rest(P, players, ORDER: tl.constexpr, SLICE: tl.constexpr):
-    """Sums of squares off the diagonal and of all of P."""
-    c = tl.arange(0, ORDER)[None, :]
-    off = tl.zeros((SLICE, ORDER), tl.float64)
-    whole = tl.zeros((SLICE, ORDER), tl.float64)
-    for start in range(0, players, SLICE):
-        r = start + tl.arange(0, SLICE)[:, None]
-        x = tl.load(P + r * ORDER + c, mask=(r < players) & (c < players), other=0.0)
-        whole += x * x
-        off += tl.where(r == c, 0.0, x * x)
-    return tl.sum(tl.sum(off, axis=1), axis=0), tl.sum(tl.sum(whole, axis=1), axis=0)
+REST = tl.constexpr(1e-16)  # square of the 1e-8 above
 
 
 @triton.jit
@@ -163,14 +96,7 @@ def small_kernel(
             tl.store(Z + r * ORDER + c, tl.where(r == c, 1.0, x * 0.0))
         tl.debug_barrier()
         players = (columns + 1) // 2 * 2
-        off, whole = _rest(P, players, ORDER, SLICE)
-        for _ in range(SWEEPS):
-            if off > whole * 1e-16:
-                for turn in range(0, players - 1):
-                    _round(P, Z, new_P, new_Z, turn, players, ORDER, SLICE)
-                    P, new_P = new_P, P
-                    Z, new_Z = new_Z, Z
-                off, whole = _rest(P, players, ORDER, SLICE)
+        P, Z = jacobi(P, Z, new_P, new_Z, players, ORDER, REST, ORDER, SLICE)
         own = C + j * B * ORDER
         # floor: 8 eps theta
         tl.store(found + j, _leading(t, P, Z, own, columns, rows, b, b - fresh, theta * 2.0**-20, ORDER, B))
@@ -178,29 +104,6 @@ def small_kernel(
     else:
         tl.store(found + j, -1)
         tl.store(upper + j, 0.0)
-
-
-@triton.jit
-def _mix(z):
-    z = (z ^ (z >> 30)) * C1
-    z = (z ^ (z >> 27)) * C2
-    return z ^ (z >> 31)
-
-
-@triton.jit
-def _normal(key, at):
-    """Number `at` of a draw: random.py. Angles are reduced to an eighth of a turn; the series err by 2e-9 there."""
-    z = _mix((at >> 1).to(tl.uint64) * GOLDEN + key)
-    radius = tl.sqrt(-2.0 * tl.log(((z >> 32).to(tl.float64) + 0.5) * 2.0**-32)).to(tl.float32)
-    a = z.to(tl.uint32).to(tl.int64)
-    quarter = (a + (1 << 29)) >> 30
-    x = (((a - (quarter << 30)).to(tl.float64) + 0.5) * (6.283185307179586 * 2.0**-32)).to(tl.float32)
-    s = x * x
-    sine = x * (1 + s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s * (1 / 362880)))))
-    cosine = 1 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * (1 / 40320 - s * (1 / 3628800)))))
-    quarter = (quarter + 3 * (at & 1)) & 3  # an odd number is the sine: the cosine of a quarter turn less
-    value = tl.where((quarter & 1) == 0, cosine, sine)
-    return radius * tl.where((quarter == 1) | (quarter == 2), -value, value)
 
 
 @triton.jit(do_not_specialize=["table", "info", "Q", "V", "C", "found", "step", "rows", "b"])
@@ -226,7 +129,7 @@ def block_kernel(table, info, Q, V, C, found, step, rows, b, ORDER: tl.constexpr
                 X += tl.sum(share * basis, axis=0, keep_dims=True)
             tl.store(v + i * n + c, X, mask=(i < b) & (c < n))
         one = tl.zeros((1, 1, 1), tl.int64)
-        key = _mix((tl.load(table + 3 * j + 2 + one) + tl.load(step + j + one) + 2).to(tl.uint64))
+        key = draw_key(tl.load(table + 3 * j + 2 + one), tl.load(step + j + one))
         floor = 1e-6 * tl.sqrt(n.to(tl.float64))
         for draw in range(0, b):
             if count < b:
@@ -235,7 +138,7 @@ def block_kernel(table, info, Q, V, C, found, step, rows, b, ORDER: tl.constexpr
                 h = tl.zeros((1, B, 1), tl.float32)
                 for first in range(0, n, COLS):
                     c = first + tl.arange(0, COLS)[None, None, :]
-                    w = tl.where(c < n, _normal(key, draw * n + c), 0.0)
+                    w = tl.where(c < n, normal(key, draw * n + c), 0.0)
                     rows_before = tl.load(v + i * n + c, mask=(i < count) & (c < n), other=0.0)
                     h += tl.sum(rows_before * w, axis=2, keep_dims=True)
                     tl.store(x + c, w, mask=c < n)
@@ -302,8 +205,7 @@ def _describe(m: Sequence[int], n: Sequence[int], seed: int) -> tuple[list[int],
     entries: list[int] = []
     offset = 0
     for rows, size in zip(m, n, strict=True):
-        base = random.base(seed, rows, size)
-        entries += (size, offset, base - (1 << 64) if base >> 63 else base)
+        entries += (size, offset, signed_base(seed, rows, size))
         offset += size
     return entries, None
 

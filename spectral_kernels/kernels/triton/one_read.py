@@ -25,7 +25,7 @@ from .reads import add_kernel, dots_kernel, finish_kernel, rows_kernel, square_k
 HIP = torch.version.hip is not None
 ALIGNED, UNIT, STRIDED = 0, 1, 2  # FORM of reads.py
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-BLOCK_LIMIT = 16  # columns of V, four a program
+BLOCK_LIMIT = 16  # columns of V, four a program; more: wide_read.py
 GROUP = 4
 V_AT, Y_AT, M_AT, N_AT = 7, 8, 14, 15  # fields of the table
 
@@ -206,13 +206,6 @@ def _describe(A: Sequence[Tensor], b: int, forms: tuple[int, ...] | None) -> tup
     return fields, Plan(tuple(launches), y, partial, record, square, any(a.shape[2] == 0 for a in A))
 
 
-def gram_matvec(
-    A: Sequence[Tensor], V: Tensor, scale: Tensor, skip: Tensor | None, b: int, with_stats: bool, with_y: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W = A'(A V), S = (A V)'(A V), statistics of the first read; see contracts.py. No host sync."""
-    return read(A, V, scale, skip, b, with_stats, with_y, None)
-
-
 def read(
     A: Sequence[Tensor],
     V: Tensor,
@@ -223,7 +216,10 @@ def read(
     with_y: bool,
     momentum: Momentum | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gram_matvec` of A, or of what a momentum stage makes of A and G; M may be updated for blocks of one group."""
+    """`gram_matvec` of A, or of what a momentum stage makes of A and G; M may be updated for blocks of one group.
+
+    W = A'(A V), S = (A V)'(A V), statistics of the first read; see contracts.py. No host sync.
+    """
     N = counts(A)
     W = torch.empty_like(V)
     S = V.new_empty((N, b, b), dtype=torch.float64)
@@ -276,7 +272,7 @@ def read(
             elif kernel == "long sums":
                 sums_kernel[grid](U=Y, partial=partial, records=records, source=Y_AT, **second, **sums_options())
             elif kernel == "add":
-                add_kernel[grid](partial=partial, OUT=Y, size=M_AT, target=Y_AT, **here, **ADD_OPTIONS)
+                add_kernel[grid](partial=partial, OUT=Y, depth=N_AT, size=M_AT, target=Y_AT, **here, **ADD_OPTIONS)
             elif kernel == "square":
                 square_kernel[grid](squares=squares, Y=Y, rows=PIECE, B=wide, **here, **SQUARE_OPTIONS)
             else:
@@ -285,11 +281,3 @@ def read(
                     with_stats=int(with_stats), B=wide, **here, **ADD_OPTIONS,
                 )  # fmt: skip
     return W, S, stats, Y if with_y else V.new_empty(0)
-
-
-def supports(dtype: torch.dtype, b: int) -> str | None:
-    if dtype not in ELEMENTS:
-        return f"the Triton kernel reads float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if not 1 <= b <= BLOCK_LIMIT:
-        return f"the Triton kernel serves blocks of 1 to {BLOCK_LIMIT} columns, not {b}"
-    return None

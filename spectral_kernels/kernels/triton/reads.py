@@ -17,14 +17,14 @@ RECORD = tl.constexpr(4)  # ||.||_F^2, largest entry, NaN and inf flags of a pro
 
 
 @triton.jit
-def _statistics(x, s, squares, largest):
+def statistics(x, s, squares, largest):
     """Sums of squares and largest |entry| so far, one of each per place of the tile. A NaN shows in the squares."""
     size = tl.abs(x)
     return squares + s * s, tl.maximum(largest, tl.where(size == size, size, 0.0))
 
 
 @triton.jit
-def _record(records, squares, largest, flags, MOMENTUM: tl.constexpr):
+def record(records, squares, largest, flags, MOMENTUM: tl.constexpr):
     """Axis by axis: the last of the widest in float64."""
     total = tl.sum(tl.sum(tl.sum(squares.to(tl.float64), axis=2), axis=1), axis=0)
     amax = tl.max(tl.max(tl.max(largest, axis=2), axis=1), axis=0).to(tl.float64)
@@ -89,13 +89,13 @@ def _pass(
             s3 = x3 * scale
             P += s3 * V3
         if STATS:
-            squares, largest = _statistics(x0, s0, squares, largest)
+            squares, largest = statistics(x0, s0, squares, largest)
             if TILES > 1:
-                squares, largest = _statistics(x1, s1, squares, largest)
+                squares, largest = statistics(x1, s1, squares, largest)
             if TILES > 2:
-                squares, largest = _statistics(x2, s2, squares, largest)
+                squares, largest = statistics(x2, s2, squares, largest)
             if TILES > 3:
-                squares, largest = _statistics(x3, s3, squares, largest)
+                squares, largest = statistics(x3, s3, squares, largest)
         Y = tl.sum(P, axis=2, keep_dims=True)  # (ROWS, 4, 1): the only step in which threads wait for each other
         W0 += tl.sum(s0 * Y, axis=0, keep_dims=True)
         if TILES > 1:
@@ -114,25 +114,25 @@ def _pass(
         tl.store(w + i * n + c + 3 * COLS, W3, mask=(i < b) & (c + 3 * COLS < n))
     if STATS:
         if group == 0:
-            _record(records, squares, largest, flags, MOMENTUM)
+            record(records, squares, largest, flags, MOMENTUM)
 
 
 @triton.jit
-def _square(y, first, stop, m, b, out, B: tl.constexpr, ROWS: tl.constexpr):
-    """Y'Y over rows [first, stop), in float64."""
-    left = tl.arange(0, B)[None, :, None]
-    right = tl.arange(0, B)[None, None, :]
+def square(y, one, two, first, stop, m, b, out, B: tl.constexpr, ROWS: tl.constexpr):
+    """(B, B) of Y'Y from row and column (one, two) on, over rows [first, stop) of Y, in float64."""
+    left = one + tl.arange(0, B)[None, :, None]
+    right = two + tl.arange(0, B)[None, None, :]
     S = tl.zeros((1, B, B), tl.float64)
     for start in range(first, stop, ROWS):
         r = start + tl.arange(0, ROWS)[:, None, None]
-        one = tl.load(y + left * m + r, mask=(left < b) & (r < stop), other=0.0).to(tl.float64)
-        two = tl.load(y + right * m + r, mask=(right < b) & (r < stop), other=0.0).to(tl.float64)
-        S += tl.sum(one * two, axis=0, keep_dims=True)
-    tl.store(out + left * B + right, S)
+        x = tl.load(y + left * m + r, mask=(left < b) & (r < stop), other=0.0).to(tl.float64)
+        z = tl.load(y + right * m + r, mask=(right < b) & (r < stop), other=0.0).to(tl.float64)
+        S += tl.sum(x * z, axis=0, keep_dims=True)
+    tl.store(out + (left - one) * B + right - two, S)
 
 
 @triton.jit
-def _item(table, items, groups, skip, has_skip):
+def item_of(table, items, groups, skip, has_skip):
     """(matrix, chunk, group of four columns, whether to read it) of this program."""
     program = tl.program_id(0)
     item = tl.load(table + items + program // groups)
@@ -144,7 +144,7 @@ def _item(table, items, groups, skip, has_skip):
 
 
 @triton.jit
-def _matrix(mine, ELEMENT: tl.constexpr, FORM: tl.constexpr):
+def matrix_of(mine, ELEMENT: tl.constexpr, FORM: tl.constexpr):
     """(address, rows, entries a row, ld, step), with what the launcher checked: multiples of 4 entries, 16 bytes."""
     base = tl.load(mine).to(tl.pointer_type(ELEMENT))
     rows = tl.load(mine + 1).to(tl.int32)
@@ -157,12 +157,12 @@ def _matrix(mine, ELEMENT: tl.constexpr, FORM: tl.constexpr):
     return base, rows, n, ld, tl.load(mine + 4)
 
 
-_SCALARS = ["items", "groups", "b", "has_skip"]
-_MOMENTUM = ["places", "beta", "alpha"]
+SCALARS = ["items", "groups", "b", "has_skip"]
+MOMENTUM_ARGUMENTS = ["places", "beta", "alpha"]
 
 
 @triton.jit(do_not_specialize=[
-    "table", "V", "scale", "skip", "partial", "records", "squares", "Y", *_SCALARS, *_MOMENTUM,
+    "table", "V", "scale", "skip", "partial", "records", "squares", "Y", *SCALARS, *MOMENTUM_ARGUMENTS,
 ])  # fmt: skip
 def rows_kernel(
     table, V, scale, skip, partial, records, squares, Y, items, groups, b, has_skip, places, beta, alpha,
@@ -170,10 +170,10 @@ def rows_kernel(
     FORM: tl.constexpr, STATS: tl.constexpr, MOMENTUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One read: Y, and W as one partial sum per chunk of rows. Rows of at most TILES * COLS entries."""
-    j, chunk, group, read = _item(table, items, groups, skip, has_skip)
+    j, chunk, group, read = item_of(table, items, groups, skip, has_skip)
     if read != 0:
         mine = table + j * FIELDS
-        base, m, n, ld, step = _matrix(mine, ELEMENT, FORM)
+        base, m, n, ld, step = matrix_of(mine, ELEMENT, FORM)
         first = chunk * tl.load(mine + 5).to(tl.int32)
         stop = tl.minimum(first + tl.load(mine + 5).to(tl.int32), m)
         y = Y + tl.load(mine + 8)
@@ -184,11 +184,11 @@ def rows_kernel(
         )  # fmt: skip
         if groups == 1:
             tl.debug_barrier()  # S comes from the Y that all threads of this program have written
-            _square(y, first, stop, m, b, squares + (tl.load(mine + 12) + chunk) * 16, 4, 32)
+            square(y, 0, 0, first, stop, m, b, squares + (tl.load(mine + 12) + chunk) * 16, 4, 32)
 
 
 @triton.jit(do_not_specialize=[
-    "table", "U", "scale", "skip", "records", "OUT", "source", "target", *_SCALARS, *_MOMENTUM,
+    "table", "U", "scale", "skip", "records", "OUT", "source", "target", *SCALARS, *MOMENTUM_ARGUMENTS,
 ])  # fmt: skip
 def dots_kernel(
     table, U, scale, skip, records, OUT, source, target, items, groups, b, has_skip, places, beta, alpha,
@@ -196,9 +196,9 @@ def dots_kernel(
     STATS: tl.constexpr, MOMENTUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT (b, I) = U (b, K) (scale A)': whole rows. `source`, `target`: the fields with the places of U and OUT."""
-    j, chunk, group, read = _item(table, items, groups, skip, has_skip)
+    j, chunk, group, read = item_of(table, items, groups, skip, has_skip)
     mine = table + j * FIELDS
-    base, rows, n, ld, step = _matrix(mine, ELEMENT, FORM)
+    base, rows, n, ld, step = matrix_of(mine, ELEMENT, FORM)
     u = U + tl.load(mine + source)
     f = tl.load(scale + j)
     r = chunk * ROWS + tl.arange(0, ROWS)[:, None, None]
@@ -219,16 +219,16 @@ def dots_kernel(
         s = x * f
         P += s * tl.load(u + i * n + c, mask=(i < b) & (c < n), other=0.0)
         if STATS:
-            squares, largest = _statistics(x, s, squares, largest)
+            squares, largest = statistics(x, s, squares, largest)
     out = tl.sum(P, axis=2, keep_dims=True)
     tl.store(OUT + tl.load(mine + target) + i * rows + r, out, mask=(i < b) & (r < rows))
     if STATS:
         if group == 0:
-            _record(records + RECORD * (tl.load(mine + 10) + chunk), squares, largest, flags, MOMENTUM)
+            record(records + RECORD * (tl.load(mine + 10) + chunk), squares, largest, flags, MOMENTUM)
 
 
 @triton.jit(do_not_specialize=[
-    "table", "U", "scale", "skip", "partial", "records", "source", *_SCALARS, *_MOMENTUM,
+    "table", "U", "scale", "skip", "partial", "records", "source", *SCALARS, *MOMENTUM_ARGUMENTS,
 ])  # fmt: skip
 def sums_kernel(
     table, U, scale, skip, partial, records, source, items, groups, b, has_skip, places, beta, alpha,
@@ -236,10 +236,10 @@ def sums_kernel(
     STATS: tl.constexpr, MOMENTUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial (chunk, b, K) = U (b, I) (scale A) over a chunk of rows and COLS columns."""
-    j, item, group, read = _item(table, items, groups, skip, has_skip)
+    j, item, group, read = item_of(table, items, groups, skip, has_skip)
     if read != 0:
         mine = table + j * FIELDS
-        base, rows, n, ld, step = _matrix(mine, ELEMENT, FORM)
+        base, rows, n, ld, step = matrix_of(mine, ELEMENT, FORM)
         u = U + tl.load(mine + source)
         f = tl.load(scale + j)
         blocks = tl.cdiv(n, COLS)
@@ -263,31 +263,30 @@ def sums_kernel(
                 s = x * f
                 total += s * tl.load(u + i * rows + r, mask=(i < b) & (r < stop), other=0.0)
                 if STATS:
-                    squares, largest = _statistics(x, s, squares, largest)
+                    squares, largest = statistics(x, s, squares, largest)
         out = partial + tl.load(mine + 9) + chunk.to(tl.int64) * b * n
         tl.store(out + i * n + c, total, mask=(i < b) & (c < n))
         if STATS:
             if group == 0:
-                _record(records + RECORD * (tl.load(mine + 10) + item), squares, largest, flags, MOMENTUM)
+                record(records + RECORD * (tl.load(mine + 10) + item), squares, largest, flags, MOMENTUM)
 
 
-@triton.jit(do_not_specialize=["table", "skip", "squares", "Y", "rows", *_SCALARS])
+@triton.jit(do_not_specialize=["table", "skip", "squares", "Y", "rows", *SCALARS])
 def square_kernel(table, skip, squares, Y, rows, items, groups, b, has_skip, B: tl.constexpr):
     """S of `rows` rows of Y, where no program holds all columns of them."""
-    j, piece, group, read = _item(table, items, groups, skip, has_skip)
+    j, piece, group, read = item_of(table, items, groups, skip, has_skip)
     if read != 0:
         mine = table + j * FIELDS
         m = tl.load(mine + 14).to(tl.int32)
         first = piece * rows
         stop = tl.minimum(first + rows, m)
         out = squares + (tl.load(mine + 12) + piece) * B * B
-        _square(Y + tl.load(mine + 8), first, stop, m, b, out, B, 128 // B)
+        square(Y + tl.load(mine + 8), 0, 0, first, stop, m, b, out, B, 128 // B)
 
 
 @triton.jit
-def _add(partial, mine, out, length, block, read, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """WIDTH numbers of a sum over the chunks of a matrix, in order; zeros where it was not read."""
-    chunks = tl.load(mine + 6).to(tl.int32) * read
+def _add(partial, mine, out, length, block, chunks, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH numbers of a sum over the chunks of a matrix, in order; zeros without a chunk."""
     here = partial + tl.load(mine + 9)
     at = block.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     total = tl.zeros((CHUNKS, WIDTH), tl.float32)
@@ -297,14 +296,36 @@ def _add(partial, mine, out, length, block, read, CHUNKS: tl.constexpr, WIDTH: t
     tl.store(out + at, tl.sum(total, axis=0)[None, :], mask=at < length)
 
 
-@triton.jit(do_not_specialize=["table", "skip", "partial", "OUT", "size", "target", *_SCALARS])
+@triton.jit(do_not_specialize=["table", "skip", "partial", "OUT", "depth", "size", "target", *SCALARS])
 def add_kernel(
-    table, skip, partial, OUT, size, target, items, groups, b, has_skip, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """A block of OUT from the partial sums. `size`, `target`: the fields with its length and its place."""
-    j, block, group, read = _item(table, items, groups, skip, has_skip)
+    table, skip, partial, OUT, depth, size, target, items, groups, b, has_skip,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A block of OUT from the partial sums. Fields: `depth` what was cut in chunks, `size`, `target` of OUT."""
+    j, block, group, read = item_of(table, items, groups, skip, has_skip)
     mine = table + j * FIELDS
-    _add(partial, mine, OUT + tl.load(mine + target), tl.load(mine + size) * b, block, read, CHUNKS, WIDTH)
+    chunks = tl.cdiv(tl.load(mine + depth), tl.load(mine + 5)).to(tl.int32) * read
+    _add(partial, mine, OUT + tl.load(mine + target), tl.load(mine + size) * b, block, chunks, CHUNKS, WIDTH)
+
+
+@triton.jit
+def gather(mine, records, stats, count):
+    """The statistics of one matrix from `count` records, in order."""
+    frob2 = tl.zeros((256,), tl.float64)
+    amax = tl.zeros((256,), tl.float64)
+    nan = tl.zeros((256,), tl.float64)
+    inf = tl.zeros((256,), tl.float64)
+    for start in range(0, count, 256):
+        k = start + tl.arange(0, 256)
+        here = records + RECORD * (tl.load(mine + 10) + k)
+        frob2 += tl.load(here, mask=k < count, other=0.0)
+        amax = tl.maximum(amax, tl.load(here + 1, mask=k < count, other=0.0))
+        nan = tl.maximum(nan, tl.load(here + 2, mask=k < count, other=0.0))
+        inf = tl.maximum(inf, tl.load(here + 3, mask=k < count, other=0.0))
+    tl.store(stats, tl.sum(frob2, axis=0))
+    tl.store(stats + 1, tl.max(amax, axis=0))
+    tl.store(stats + 2, tl.max(nan, axis=0))
+    tl.store(stats + 3, tl.max(inf, axis=0))
 
 
 @triton.jit
@@ -321,36 +342,22 @@ def _small(table, j, read, records, squares, S, stats, b, with_stats, B: tl.cons
         total += tl.load(here, mask=k < pieces, other=0.0)
     c = tl.arange(0, B * B)
     tl.store(S + j * b * b + (c // B) * b + c % B, tl.sum(total, axis=0), mask=(c // B < b) & (c % B < b))
-    count = tl.load(mine + 11).to(tl.int32) * read * with_stats
-    frob2 = tl.zeros((256,), tl.float64)
-    amax = tl.zeros((256,), tl.float64)
-    nan = tl.zeros((256,), tl.float64)
-    inf = tl.zeros((256,), tl.float64)
-    for start in range(0, count, 256):
-        k = start + tl.arange(0, 256)
-        here = records + RECORD * (tl.load(mine + 10) + k)
-        frob2 += tl.load(here, mask=k < count, other=0.0)
-        amax = tl.maximum(amax, tl.load(here + 1, mask=k < count, other=0.0))
-        nan = tl.maximum(nan, tl.load(here + 2, mask=k < count, other=0.0))
-        inf = tl.maximum(inf, tl.load(here + 3, mask=k < count, other=0.0))
-    tl.store(stats + 4 * j, tl.sum(frob2, axis=0))
-    tl.store(stats + 4 * j + 1, tl.max(amax, axis=0))
-    tl.store(stats + 4 * j + 2, tl.max(nan, axis=0))
-    tl.store(stats + 4 * j + 3, tl.max(inf, axis=0))
+    gather(mine, records, stats + 4 * j, tl.load(mine + 11).to(tl.int32) * read * with_stats)
 
 
 @triton.jit(do_not_specialize=[
-    "table", "skip", "partial", "records", "squares", "W", "S", "stats", "with_stats", *_SCALARS,
+    "table", "skip", "partial", "records", "squares", "W", "S", "stats", "with_stats", *SCALARS,
 ])  # fmt: skip
 def finish_kernel(
     table, skip, partial, records, squares, W, S, stats, with_stats, items, groups, b, has_skip,
     CHUNKS: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """A block of W from its partial sums; with block 0 also S and the statistics. Block -1: those alone."""
-    j, item, group, read = _item(table, items, groups, skip, has_skip)
+    j, item, group, read = item_of(table, items, groups, skip, has_skip)
     block = item - 1
     if block >= 0:
         mine = table + j * FIELDS
-        _add(partial, mine, W + tl.load(mine + 7), tl.load(mine + 15) * b, block, read, CHUNKS, WIDTH)
+        chunks = tl.load(mine + 6).to(tl.int32) * read
+        _add(partial, mine, W + tl.load(mine + 7), tl.load(mine + 15) * b, block, chunks, CHUNKS, WIDTH)
     else:
         _small(table, j, read, records, squares, S, stats, b, with_stats, B)

@@ -1,17 +1,16 @@
 """The words of a step that go entry by entry: one pass over every matrix, one launch per kind of memory layout.
 
     momentum_norms_   M <- beta M + alpha G; squares, largest entries, flags and longest rows of M or its look-ahead
-    apply_update_     P <- (1 - decay) P - size (scale X)
+    apply_update_     P <- (1 - decay) P - size (scale X - L'R)
 
-`places` are tables of addresses and strides, `work` tables of sizes and work items: gradients that move in memory send
-a few numbers per matrix, not the items. Items and their order depend on a matrix's shape alone, partial results are put
-together in order and nothing is atomic: a matrix gives the same bits alone and in any list.
+Items and their order depend on a matrix's shape alone, partial results are put together in order and nothing is
+atomic: a matrix gives the same bits alone and in any list. With a correction of low rank the update goes tile by tile:
+correction.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,37 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import NORMS, counts
+from .correction import correct_
 from .momentum_tile import moved
-from .ragged import Table, on, table
+from .places import ANY_FLOAT, ELEMENTS, STRIDED, Launch, item_of, launches_of, place_of, places_of
+from .ragged import on, table
 
-ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-ANY_FLOAT = {**ELEMENTS, torch.float64: tl.float64}  # of P and G
-ALIGNED, UNIT, STRIDED = 0, 1, 2  # FORM: 16-byte loads, step 1, any step
 RECORD = tl.constexpr(5)  # of a work item of `norms_kernel`: the columns of NORMS
 FIELDS = tl.constexpr(6)  # of `work`: rows, entries a row, rows an item, segments a row, first record, records
-
-
-@triton.jit
-def _item(work, items, skip, has_skip):
-    """(matrix, number of the item in it, whether to touch it) of this program."""
-    item = tl.load(work + items + tl.program_id(0))
-    j = item >> 32
-    go = 1
-    if has_skip != 0:
-        go = 1 - tl.load(skip + j).to(tl.int32)
-    return j, (item & 0x7FFFFFFF).to(tl.int32), go
-
-
-@triton.jit
-def _place(place, ELEMENT: tl.constexpr, FORM: tl.constexpr):
-    """(address, distance of rows, of entries) of one matrix."""
-    base = tl.load(place).to(tl.pointer_type(ELEMENT))
-    ld = tl.load(place + 1)
-    step = tl.load(place + 2)
-    if FORM == 0:
-        base = tl.multiple_of(base, 16)
-        ld = tl.multiple_of(ld, 8)
-    return base, ld, step
 
 
 @triton.jit(do_not_specialize=["work", "places", "scale", "skip", "records", "items", "has_skip", "beta", "alpha"])
@@ -59,7 +34,7 @@ def norms_kernel(
     PROPAGATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of one segment of columns: the momentum, and a record of what was read."""
-    j, item, go = _item(work, items, skip, has_skip)
+    j, item, go = item_of(work, items, skip, has_skip)
     if go != 0:
         mine = work + j * FIELDS
         segments = tl.load(mine + 3).to(tl.int32)
@@ -71,8 +46,8 @@ def norms_kernel(
             K = tl.multiple_of(K, 8)
         left = (item % segments) * SEGMENT
         right = tl.minimum(left + SEGMENT, K)
-        m_base, m_ld, m_step = _place(places + 6 * j, ELEMENT, FORM)
-        g_base, g_ld, g_step = _place(places + 6 * j + 3, GRADIENT, FORM)
+        m_base, m_ld, m_step = place_of(places + 6 * j, ELEMENT, FORM)
+        g_base, g_ld, g_step = place_of(places + 6 * j + 3, GRADIENT, FORM)
         f = tl.load(scale + j)
         largest = tl.zeros((ROWS, COLS), tl.float32)
         flags = tl.zeros((ROWS, COLS), tl.int32)
@@ -157,16 +132,16 @@ def apply_kernel(
     AHEAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """tiles * TILE entries of one matrix, in the order of its memory where that is one run."""
-    j, item, go = _item(work, items, skip, has_skip)
+    j, item, go = item_of(work, items, skip, has_skip)
     if go != 0:
         K = tl.load(work + 2 * j + 1)
         length = tl.load(work + 2 * j) * K
         if FORM == 0:
             length = tl.multiple_of(length, 8)
         here = item.to(tl.int64) * (tiles * TILE)
-        p_base, p_ld, p_step = _place(places + 9 * j, PARAMETER, FORM)
-        m_base, m_ld, m_step = _place(places + 9 * j + 3, ELEMENT, FORM)
-        g_base, g_ld, g_step = _place(places + 9 * j + 6, GRADIENT, FORM)
+        p_base, p_ld, p_step = place_of(places + 9 * j, PARAMETER, FORM)
+        m_base, m_ld, m_step = place_of(places + 9 * j + 3, ELEMENT, FORM)
+        g_base, g_ld, g_step = place_of(places + 9 * j + 6, GRADIENT, FORM)
         f = tl.load(scale + j).to(ACC)
         pull = tl.load(size + j).to(ACC)
         kept = (1.0 - tl.load(decay + j)).to(ACC)
@@ -208,14 +183,6 @@ TILE = 2048
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
-class Launch(NamedTuple):
-    """Programs of one configuration: its key, the first of their items in the table, and their number."""
-
-    config: tuple[int, ...]
-    start: int
-    items: int
-
-
 def norms_options(rows: int, cols: int, form: int) -> dict[str, int]:
     """Half as many rows where every entry needs addresses of its own."""
     rows = max(1, rows // 2) if form == STRIDED else rows
@@ -223,56 +190,6 @@ def norms_options(rows: int, cols: int, form: int) -> dict[str, int]:
 
 
 APPLY_OPTIONS = {"TILE": TILE, **OPTIONS}
-
-
-def _run(a: Tensor) -> set[str]:
-    """The orders in which the matrices of a stack are one run of memory."""
-    _, m, n = a.shape
-    _, sm, sn = a.stride()
-    orders = set()
-    if (n == 1 or sn == 1) and (m == 1 or sm == n):
-        orders.add("rows")
-    if (m == 1 or sm == 1) and (n == 1 or sn == m):
-        orders.add("columns")
-    return orders
-
-
-def _places(lists: Sequence[Sequence[Tensor]], rows_matter: bool) -> tuple[list[int], Any]:
-    """Address and strides of every matrix in every list, and (FORM, rows, entries a row) of each."""
-    entries: list[int] = []
-    sizes: list[tuple[int, int, int]] = []
-    for stacks in zip(*lists, strict=True):
-        k, m, n = stacks[0].shape
-        run = not rows_matter and bool(set.intersection(*map(_run, stacks)))
-        _, sm, sn = stacks[0].stride()
-        swap = not run and not rows_matter and sm < sn and m > 1
-        rows, length = (1, m * n) if run else (n, m) if swap else (m, n)
-        strides = []
-        for a in stacks:
-            ld, step = (a.stride(2), a.stride(1)) if swap else (a.stride(1), a.stride(2))
-            strides.append((0, 1) if run else (ld if rows > 1 else 0, step if length > 1 else 1))
-        unit = run or (rows_matter and all(step == 1 for _, step in strides))
-        wide = unit and length % 8 == 0 and all(ld % 8 == 0 for ld, _ in strides)
-        for i in range(k):
-            addresses = [a.data_ptr() + i * a.stride(0) * a.element_size() for a in stacks]
-            for address, (ld, step) in zip(addresses, strides, strict=True):
-                entries += (address, ld, step)
-            aligned = wide and all(address % 16 == 0 for address in addresses)
-            sizes.append((ALIGNED if aligned else UNIT if unit else STRIDED, rows, length))
-    return entries, tuple(sizes)
-
-
-def places_of(lists: Sequence[Sequence[Tensor]], rows_matter: bool, device: torch.device) -> Table:
-    key = tuple((a.data_ptr(), a.dtype, a.shape, a.stride()) for A in lists for a in A)
-    return table(("places", len(lists), rows_matter, key), device, lambda: _places(lists, rows_matter))
-
-
-def _launches(fields: list[int], work: dict[tuple[int, ...], list[int]]) -> tuple[list[int], tuple[Launch, ...]]:
-    launches = []
-    for config in sorted(work):
-        launches.append(Launch(config, len(fields), len(work[config])))
-        fields += work[config]
-    return fields, tuple(launches)
 
 
 def _describe_norms(sizes: Sequence[tuple[int, int, int]]) -> tuple[list[int], tuple[tuple[Launch, ...], int]]:
@@ -288,7 +205,7 @@ def _describe_norms(sizes: Sequence[tuple[int, int, int]]) -> tuple[list[int], t
         if count:
             work.setdefault((form, rows, cols), []).extend(j << 32 | item for item in range(count))
         records += count
-    fields, launches = _launches(fields, work)
+    fields, launches = launches_of(fields, work)
     return fields, (launches, records)
 
 
@@ -308,7 +225,7 @@ def momentum_norms_(
     norms = torch.empty((N, len(NORMS)), dtype=torch.float64, device=device)
     if N == 0:
         return norms
-    places = places_of((M, G), True, device)
+    places = places_of((M, G), "rows", device)
     work = table(("norms", places.sizes), device, lambda: _describe_norms(places.sizes))
     launches, total = work.sizes
     records = norms.new_empty(5 * total)
@@ -329,7 +246,7 @@ def _describe_apply(sizes: Sequence[tuple[int, int, int]], tiles: int) -> tuple[
     work: dict[tuple[int, ...], list[int]] = {}
     for j, (form, rows, length) in enumerate(sizes):
         work.setdefault((form,), []).extend(j << 32 | item for item in range(-(-rows * length // (tiles * TILE))))
-    return _launches(fields, work)
+    return launches_of(fields, work)
 
 
 def apply_update_(
@@ -346,15 +263,13 @@ def apply_update_(
     R: Tensor | None = None,
     r: int = 0,
 ) -> None:
-    """P <- (1 - decay) P - size (scale X), one pass; see contracts.py. No host sync."""
-    if r:
-        from ..reference_step import apply_update_ as reference
-
-        return reference(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
+    """P <- (1 - decay) P - size (scale X - L'R), one pass; see contracts.py. No host sync."""
+    if L is not None and R is not None and r:
+        return correct_(P, M, G, size, scale, decay, skip, beta, alpha, L, R, r)
     N, device, ahead = counts(P), size.device, len(G) > 0
     if N == 0:
         return
-    places = places_of((P, M, G if ahead else M), False, device)
+    places = places_of((P, M, G if ahead else M), "entries", device)
     # entry by entry: the size of an item shows in no bit
     tiles = min(8, max(1, sum(p.numel() for p in P) >> 25))
     work = table(("apply", places.sizes, tiles), device, lambda: _describe_apply(places.sizes, tiles))
