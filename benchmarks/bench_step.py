@@ -1,17 +1,18 @@
-"""Row C7: a whole optimizer step against fused AdamW; row M: the optimizer's state against AdamW's."""
+"""Rows C7, C11: a whole optimizer step against fused AdamW, clipped also against Muon; row M: the optimizer's state."""
 
 from __future__ import annotations
 
 import pytest
 
 from benchmarks.providers import Cache, listed, plain, run_entry, store
+from spectral_kernels.bench.cases_clip import clip_cases
 from spectral_kernels.bench.cases_step import STATE, state_cases, state_share, step_cases
 from spectral_kernels.bench.measure import met, rounded, start
 
 cache = Cache()
 
 
-@pytest.mark.parametrize("entry", listed(step_cases()))
+@pytest.mark.parametrize("entry", listed([*step_cases(), *clip_cases()]))
 def test_step(benchmark, entry):
     run_entry(benchmark, cache, entry)
 

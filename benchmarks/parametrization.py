@@ -25,11 +25,11 @@ from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
 from benchmarks.parametrization_page import render, tables
-from benchmarks.report import load
 from spectral_kernels import AccuracyWarning
 from spectral_kernels.bench import environment
 from spectral_kernels.bench.measure import Record, document, rounded
 from spectral_kernels.bench.rivals import exact
+from spectral_kernels.bench.runs import load
 from spectral_kernels.bench.timer import interleave, ratio
 from spectral_kernels.kernels.contracts import INFO
 from spectral_kernels.ops import track

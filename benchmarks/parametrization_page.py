@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import MARKER, load, where
+from benchmarks.report import MARKER
 from spectral_kernels.bench.measure import Record, describe_value
+from spectral_kernels.bench.runs import load, where
 
 Records = Sequence[Record]
 

@@ -9,41 +9,17 @@ benchmarks/results/<machine>/<subject>.json. --check changes nothing and exits 1
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from spectral_kernels.bench.measure import describe_target, describe_value
+from spectral_kernels.bench.runs import load, where
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"(<!-- table:(?P<subject>[a-z_]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 HEAD = "| row | case | against | ratio (p20–p80) | target | error (limit) | reads |\n|---|---|---|---|---|---|---|\n"
-
-
-def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(environment, records) of a result file, records in file order."""
-    environment: dict[str, Any] = {}
-    records: list[dict[str, Any]] = []
-    for entry in json.loads(path.read_text())["benchmarks"]:
-        extra = entry.get("extra_info", {})
-        environment = extra.get("environment", environment)
-        records += extra.get("records", [])
-    return environment, records
-
-
-def where(environment: dict[str, Any]) -> str:
-    """One line under which conditions a table was taken."""
-    versions = environment["versions"]
-    parts = [
-        environment.get("device") or f"{environment['cores']} cores ({environment['processor']})",
-        f"{environment['threads']} threads",
-        *(f"{name} {versions[name]}" for name in ("torch", "scipy", "triton") if name in versions),
-        f"OMP_WAIT_POLICY {environment['omp_wait_policy']}",
-        f"commit {environment['commit']}",
-    ]
-    return f"`{environment['machine']}`: " + ", ".join(parts)
 
 
 def line(record: dict[str, Any]) -> str:

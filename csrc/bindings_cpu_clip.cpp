@@ -1,12 +1,12 @@
 // The words of a clipped step for CPU tensors: see bindings_cpu.cpp and kernels/contracts.py.
 #include "bindings_cpu.h"
-#include "cpu/clip.h"
+#include "cpu/clipped_step.h"
 
 namespace {
 
 template <class T>
 T* changed(const Tensor& t) {
-  if (!t.is_contiguous()) throw std::runtime_error("clip_: V, L, R, info and before must be contiguous");
+  if (!t.is_contiguous()) throw std::runtime_error("spectral_kernels: V, L, R, info and before must be contiguous");
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
@@ -43,6 +43,43 @@ void clip_(std::vector<int64_t> m, std::vector<int64_t> n, Tensor V, Tensor L, T
   V.scalar_type() == ScalarType::Double ? call(double()) : call(float());
 }
 
+Tensor clipped_step_(std::vector<Tensor> P, std::vector<Tensor> M, std::vector<Tensor> G, Tensor V, Tensor scale, Tensor before,
+                     Tensor step, Tensor size, Tensor decay, Tensor rank, std::optional<Tensor> limit, std::optional<Tensor> skip,
+                     double beta, double alpha, bool nesterov, bool propagate, int64_t b, int64_t r, int64_t fresh, int64_t reads,
+                     double tol, int64_t seed) {
+  if (r > b) throw std::runtime_error("clipped_step_: the correction has at most the rank of the block");
+  const Ragged list(M, G, true);
+  list.check(list.g);
+  const auto parameters = matrices(P, true);
+  list.check(parameters);
+  const int64_t N = list.count();
+  Tensor info = like(V, {N, sk::kInfoColumns}, ScalarType::Double);
+  double *rows = static_cast<double*>(info.mutable_data_ptr()), *missed = changed<double>(before);
+  const std::vector<double> at = numbers(scale), sizes = numbers(size), shrink = numbers(decay);
+  const std::vector<double> limits = limit.has_value() ? numbers(*limit) : std::vector<double>(N, 0.0);
+  const std::vector<char> gone = flags(skip, N);
+  const Tensor ranks = torch::stable::contiguous(rank), steps = torch::stable::contiguous(step);
+  const int64_t* clipped = static_cast<const int64_t*>(ranks.const_data_ptr());
+  const int64_t* when = static_cast<const int64_t*>(steps.const_data_ptr());
+  const How how{beta, alpha, nesterov, true, propagate};
+  auto call = [&](auto zero) {
+    using T = decltype(zero);
+    T *v = changed<T>(V), *scales = static_cast<T*>(scale.mutable_data_ptr());
+    const int64_t stride = scale.stride(0);
+    schedule(list.sizes, [&](int64_t i, bool parallel) {
+      sk::ClippedStep<T> task{parameters[i], list.m[i], how.of<T>(list.g[i]), v + list.at[i] * b, at[i], sizes[i], shrink[i],
+                              gone[i] != 0, limit.has_value(), limits[i], missed + 2 * i, clipped[i], when[i], b, r, fresh, reads,
+                              seed, tol, parallel, rows + i * sk::kInfoColumns};
+      scales[i * stride] = T(sk::clipped_step<T>(task));
+    }, together_above(list.m.empty() ? 4 : sk::entry_bytes(list.m[0].dtype)));
+  };
+  V.scalar_type() == ScalarType::Double ? call(double()) : call(float());
+  return info;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("clip_", TORCH_BOX(&clip_)); }
+STABLE_TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
+  m.impl("clip_", TORCH_BOX(&clip_));
+  m.impl("clipped_step_", TORCH_BOX(&clipped_step_));
+}

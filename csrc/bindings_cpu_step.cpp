@@ -4,56 +4,10 @@
 
 namespace {
 
-// A ragged list M and what goes with it: sizes, and where the blocks of every matrix start in flat tensors.
-struct Ragged {
-  std::vector<sk::Matrix> m, g;
-  std::vector<int64_t> sizes, at;
-  int64_t n = 0;
-
-  Ragged(const std::vector<Tensor>& M, const std::vector<Tensor>& G, bool written) : m(matrices(M, written)), g(matrices(G)) {
-    if (!G.empty()) check(g);
-    for (const auto& a : m) {
-      sizes.push_back(a.m * a.n);
-      at.push_back(n);
-      n += a.n;
-    }
-  }
-  void check(const std::vector<sk::Matrix>& other) const {
-    bool same = other.size() == m.size();
-    for (size_t i = 0; same && i < m.size(); ++i) same = other[i].m == m[i].m && other[i].n == m[i].n;
-    if (!same) throw std::runtime_error("spectral_kernels: the lists hold different shapes");
-  }
-  int64_t count() const { return int64_t(m.size()); }
-};
-
-std::vector<char> flags(const std::optional<Tensor>& skip, int64_t count) {
-  std::vector<char> out(count, 0);
-  if (!skip.has_value()) return out;
-  const Tensor c = torch::stable::contiguous(*skip);
-  std::copy_n(static_cast<const bool*>(c.const_data_ptr()), count, out.begin());
-  return out;
-}
-
 bool is_wide(const std::vector<Tensor>& M) { return !M.empty() && M[0].scalar_type() == ScalarType::Double; }
 
 void must_be_contiguous(const char* word, const Tensor& V) {
   if (!V.is_contiguous()) throw std::runtime_error(std::string(word) + ": V must be contiguous");
-}
-
-struct How {
-  double beta, alpha;
-  bool nesterov, update, propagate;
-  template <class T>
-  sk::Momentum<T> of(const sk::Matrix& g) const {
-    return {g, T(beta), T(alpha), nesterov, update, propagate};
-  }
-};
-
-// Entries of a matrix above which all threads work on it together: dealt out, as many as there are threads would push each
-// other's momentum out of the last-level cache before it is applied.
-int64_t together_above(int64_t entry) {
-  constexpr int64_t kCache = int64_t(32) << 20;  // what systems report of it is often the whole host's
-  return kCache / (entry * torch::stable::get_num_threads());
 }
 
 template <class T>

@@ -16,9 +16,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import scaling
 from .kernels.contracts import INFO, acc_dtype
 from .ops import arguments
-from .ops.engine import direction_of, is_tracked
 from .ops.estimate import BLOCK, estimate, tracked
 from .ops.layout import Layout
+from .ops.state import direction_of, is_tracked
 from .optim.spectral import SpectralOptimizer, _layout
 
 COLD_READS = 16  # of a weight, where no block of it was kept, as ops/retract.py has it

@@ -98,7 +98,7 @@ def test_lists_and_empty_lists():
     assert "0 matrices" in str(nothing)
 
 
-@pytest.mark.parametrize("name", ["", "norm", "spectral_clip", None])
+@pytest.mark.parametrize("name", ["", "norm", "spectral_radius", None])
 def test_unknown_names(name):
     with pytest.raises(ValueError, match=r"explain knows leading_subspace, .*spectral_step_, stable_rank, not "):
         sk.explain(name, torch.randn(3, 4))
@@ -108,3 +108,16 @@ def test_nothing_is_computed_or_changed():
     A = torch.full((3, 4), torch.nan)
     sk.explain("spectral_norm_", A)
     assert A.isnan().all()
+
+
+def test_wide_blocks_of_a_clipped_step():
+    """A backend serves words up to a number of columns and says so beyond it."""
+    found = sk.explain("spectral_step_", torch.randn(300, 200), columns=48)
+    assert "blocks of 48 x [200]" in str(found)
+    backends = {choice.word: choice.backend for choice in found.choices}
+    wide = {choice.word: choice for choice in sk.explain("spectral_step_", torch.randn(300, 200), 400).choices}
+    if registry.choose("clip_", "cpu", torch.float32, 4).backend == "cpu":
+        assert backends["clip_"] == "cpu" and wide["clip_"].backend == "reference"
+        assert "columns, not 400" in dict(wide["clip_"].declined)["cpu"]
+    with pytest.raises(ValueError, match="columns must be at least 1, not 0"):
+        sk.explain("spectral_norm", torch.randn(3, 3), columns=0)

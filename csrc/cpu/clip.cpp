@@ -50,6 +50,7 @@ bool decompose(const Clip<T>& g, const T* w, int64_t ldn, Squares& q, std::vecto
   const int64_t b = g.b, side = q.side;
   const double floor = 4 * epsilon<T>();
   if (!all_finite(g.s, b, b)) return false;
+  const bool rotates = sizeof(T) == 8;  // W itself before its Gram matrix: float64 has no digits to spare for W W' / lambda
   BlockGram<T> gram{w, b, ldn, q.gram, side};
   run(gram);
   if (!all_finite(q.gram, b, side)) return false;
@@ -61,8 +62,20 @@ bool decompose(const Clip<T>& g, const T* w, int64_t ldn, Squares& q, std::vecto
     const double inverse = value > floor * values[b - 1] ? 1 / root[i] : 0;
     for (int64_t c = 0; c < b; ++c) q.turned[c * side + i] = q.basis[i * side + c] = vectors[(b - 1 - i) * b + c] * inverse;
   }
-  q.multiply(q.basis, q.gram, q.product);
-  q.multiply(q.product, q.turned, q.gram);
+  if (rotates) {
+    static thread_local Buffer<T> buffer;
+    const int64_t b4 = multiple_of_4(b);
+    std::vector<T> coefficients(b4 * b, T(0));
+    for (int64_t i = 0; i < b; ++i) std::copy_n(q.basis + i * side, b, coefficients.data() + i * b);
+    T* z = buffer.need(b4 * ldn);
+    Combine<T> combine{coefficients.data(), b4, w, b, ldn, ldn, z, ldn};
+    run(combine);
+    gram.w = z;
+    run(gram);
+  } else {
+    q.multiply(q.basis, q.gram, q.product);
+    q.multiply(q.product, q.turned, q.gram);
+  }
   symmetric_eigen(q.gram, b, side, values, vectors);
   for (int64_t i = 0; i < b; ++i) {
     sigma[i] = std::sqrt(std::max(values[b - 1 - i], 0.0));

@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t kRowPanelBytes = 128 << 10;     // a panel and the block rows stay in a 1 MB second-level cache
 constexpr int64_t kColumnPanelBytes = 384 << 10;
 constexpr int64_t kColumnBlockBytes = 4096;       // block rows of this length stay in the first-level cache
+constexpr int64_t kAxpyBytes = 24 << 10;
 
 template <class T>
 int64_t panel_rows(const Matrix& a, int64_t ldn) {
@@ -19,6 +20,14 @@ template <class T>
 int64_t panel_columns(const Matrix& a) {
   const int64_t columns = kColumnPanelBytes / (std::max<int64_t>(a.n, 1) * int64_t(sizeof(T))) / 32 * 32;
   return std::clamp<int64_t>(columns, 32, 256);
+}
+
+// Columns at a time of w, which is read and written: all of its rows stay in the first-level cache. Dots have short rests to
+// pay for and only read v: from the second-level cache that is fast enough.
+template <class T>
+int64_t axpy_columns(int64_t b4) {
+  if (b4 == 4) return kColumnBlockBytes / sizeof(T);
+  return std::clamp<int64_t>(kAxpyBytes / (b4 * int64_t(sizeof(T))) / 64 * 64, 256, kColumnBlockBytes / sizeof(T));
 }
 
 template <class T>

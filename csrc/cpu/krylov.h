@@ -1,6 +1,8 @@
 // Block Krylov for one matrix: reads, basis, projected matrix, error estimate, stop rule. The contract is kernels/contracts.py.
 #pragma once
 
+#include <cmath>
+#include <utility>
 #include <vector>
 
 #include "gram_matvec.h"
@@ -72,6 +74,15 @@ constexpr int safe_exponent() {
 }
 template <class T>
 double safe_scale(double amax);
+
+// (scale to read at, whether the read must be repeated): composites_step.py
+template <class T>
+inline std::pair<double, bool> rescale(double used, double amax) {
+  const double limit = std::ldexp(1, safe_exponent<T>());
+  const bool inside = amax * used >= 1 / limit && amax * used <= limit;
+  if (inside || !(amax > 0) || std::isinf(amax)) return {used, false};
+  return {safe_scale<T>(amax), true};
+}
 
 // (b, ldn) orthonormal rows drawn from (seed, m, n, step)
 template <class T>

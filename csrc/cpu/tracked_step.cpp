@@ -45,15 +45,6 @@ double upper_bound(const double* info, const double* t, int64_t ldt, int64_t K, 
   return std::sqrt(std::min(square, frob2 + room)) / info[kScale];
 }
 
-// (scale to read at, whether the read must be repeated): composites_step.py
-template <class T>
-std::pair<double, bool> rescale(double used, double amax) {
-  const double limit = std::ldexp(1, safe_exponent<T>());
-  const bool inside = amax * used >= 1 / limit && amax * used <= limit;
-  if (inside || !(amax > 0) || std::isinf(amax)) return {used, false};
-  return {safe_scale<T>(amax), true};
-}
-
 }  // namespace
 
 template <class T>

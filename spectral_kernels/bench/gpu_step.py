@@ -1,4 +1,4 @@
-"""Part G2 of `make gpu`: a whole SpectralOptimizer step against fused AdamW, eager and as CUDA graphs."""
+"""Parts G2 and G7 of `make gpu`: a whole SpectralOptimizer step, normalized or clipped, eager and as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from .gpu_parts import CASE_SECONDS, Outcome, RunOnCuda, Step, outcome, step
 from .shapes import Shapes
 
 TARGET = 1 / 0.9  # a step takes at most 0.9 of AdamW's time
+CLIP_RANK, CLIP_TARGET, MUON_TARGET = 32, 1 / 1.2, 5.0
+CLIP_LIMIT = 0.05  # of the leading singular value: a clipped step follows many, each less closely
+MUON = "torch.optim.Muon"
 SETS = 4  # of gradients, taken in turn
 RANK, TURN = 8, 0.02  # directions of a gradient, and by how much they turn from one set to the next
 # Noise of as much energy as the directions, new in every step, would leave (1 - 0.95) / (1 + 0.95) of its energy in the
@@ -90,11 +93,21 @@ class Steps:
         return self.optimizer
 
 
+def twin(model: Model, place: RunOnCuda) -> Model:
+    """The same gradients for copies of the parameters."""
+    other = Model((), place.device)
+    other.parameters = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters]
+    other.sets = model.sets
+    return other
+
+
+def finite(model: Model) -> float:
+    return 0.0 if all(bool(p.isfinite().all()) for p in model.parameters) else float("inf")
+
+
 def problem(place: RunOnCuda, shapes: Shapes, embedding: bool, captured: bool) -> Problem:
     model = Model(shapes, place.device)
-    theirs = Model(shapes[:0], place.device)
-    theirs.parameters = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters]
-    theirs.sets = model.sets
+    theirs = twin(model, place)
     groups: list[dict[str, Any]] = [{"params": model.parameters[int(embedding) :]}]
     if embedding:
         groups.append({"params": model.parameters[:1], "kind": "embedding"})
@@ -107,8 +120,31 @@ def problem(place: RunOnCuda, shapes: Shapes, embedding: bool, captured: bool) -
         rivals={ADAMW: rival},
         error=lambda _: sigma_error(ours.latest(), CHECKED),
         limit=LIMIT,
-        checks={ADAMW: lambda _: 0.0 if all(bool(p.isfinite().all()) for p in theirs.parameters) else float("inf")},
+        checks={ADAMW: lambda _: finite(theirs)},
         settings={ADAMW: f"{100 * (ours.reads - 1):.0f} % of our matrices were read a second time"},
+        bytes=6.0 * sum(p.numel() * p.element_size() for p in model.parameters),
+        reads=ours.reads,
+    )
+
+
+def clip_problem(place: RunOnCuda, shapes: Shapes, rank: int) -> Problem:
+    """Clipped, captured; AdamW captured too, Muon as torch has it."""
+    model = Model(shapes, place.device)
+    theirs, third = twin(model, place), twin(model, place)
+    on_gpu = place.device == "cuda"
+    rate = torch.tensor(1e-4, device=place.device)
+    adamw = torch.optim.AdamW(theirs.parameters, lr=rate, fused=True, capturable=on_gpu)
+    clip = sk.optim.SpectralOptimizer(model.parameters, lr=1e-3, direction="clip", rank=rank)
+    ours = Steps(place, model, clip, True)
+    muon = Steps(place, third, torch.optim.Muon(third.parameters, lr=1e-4), False)
+    share = f"{100 * (ours.reads - 1):.0f} % of our matrices were read a second time"
+    return Problem(
+        ours=ours,
+        rivals={ADAMW: Steps(place, theirs, adamw, True), MUON: muon},
+        error=lambda _: sigma_error(ours.latest(), CHECKED),
+        limit=CLIP_LIMIT,
+        checks={ADAMW: lambda _: finite(theirs), MUON: lambda _: finite(third)},
+        settings={ADAMW: share, MUON: f"bf16, eager; {share}"},
         bytes=6.0 * sum(p.numel() * p.element_size() for p in model.parameters),
         reads=ours.reads,
     )
@@ -117,8 +153,13 @@ def problem(place: RunOnCuda, shapes: Shapes, embedding: bool, captured: bool) -
 def host_checks(place: RunOnCuda) -> Iterator[Outcome]:
     """No synchronization, and a replay equals an eager step from the same state, bit for bit."""
     model = Model(((2, 256, 128), (1, 128, 300), (1, 64, 64)), place.device)
-    for name, options in {"step": {}, "step, Nesterov, upper bound": {"nesterov": True, "safety": "upper"}}.items():
-        optimizer = sk.optim.SpectralOptimizer(model.parameters, lr=1e-3, **options)  # type: ignore[arg-type]
+    kinds: dict[str, dict[str, Any]] = {
+        "step": {},
+        "step, Nesterov, upper bound": {"nesterov": True, "safety": "upper"},
+        "clip": {"direction": "clip", "rank": 8},
+    }
+    for name, options in kinds.items():
+        optimizer = sk.optim.SpectralOptimizer(model.parameters, lr=1e-3, **options)
         for t in range(5):
             model.take(t)
             optimizer.step()
@@ -168,3 +209,23 @@ def g2(place: RunOnCuda, left: Callable[[], float]) -> Iterator[Step]:
             yield step("G2", place, case, left, place.clock(), "step")
             if place.device == "cuda":
                 torch.cuda.empty_cache()
+
+
+def g7(place: RunOnCuda, left: Callable[[], float]) -> Iterator[Step]:
+    """Clipped steps of the models without their embeddings."""
+    rank = CLIP_RANK if place.device == "cuda" else 4
+    for name, shapes, embedding in place.step_models:
+        if embedding:
+            continue
+        title = f"{name} fp32, clip {rank}, captured"
+        if left() < CASE_SECONDS:
+            yield [outcome("G7", title, "not run", "the deadline left too little time")], "", []
+            continue
+
+        def build(shapes: Shapes = shapes) -> Problem:
+            return clip_problem(place, shapes, rank)
+
+        goals = {ADAMW: Goal(CLIP_TARGET), MUON: Goal(MUON_TARGET)}
+        yield step("G7", place, Case("G7", title, build, goals, subject="step"), left, place.clock(), "step")
+        if place.device == "cuda":
+            torch.cuda.empty_cache()

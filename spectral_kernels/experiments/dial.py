@@ -33,13 +33,14 @@ from . import dial_page
 from .dial_results import GRID_SEED, METHODS, best_of, rank_of
 
 STARTS = {  # k of the rate 1.5^k at which a grid starts; clip: by rank
-    "AdamW": -14, "SGD": -9, "frobenius": -8, "normalize": -9, "Muon": -8,
-    "clip 4": -9, "clip 8": -9, "clip 16": -9, "clip 32": -9, "clip 64": -9,
+    "AdamW": -14, "SGD": -8, "frobenius": -10, "normalize": -11, "Muon": -9,
+    "clip 4": -11, "clip 8": -11, "clip 16": -11, "clip 32": -10, "clip 64": -10,
 }  # fmt: skip
 ALONE = ("AdamW", "SGD")  # they move every parameter
 SPIKED = ("clip 8", "clip 32")  # run once more with each of these spikes, in Frobenius norms of the gradient
 SIZES, EVERY = (3.0, 40.0), 20
-WIDTHS, STEPS, SEEDS, LAYERS, BATCH, MOMENTUM = (128, 256), 300, (GRID_SEED, 1, 2), 2, 16, 0.95
+WIDTHS, STEPS, SEEDS, LAYERS, BATCH, MOMENTUM = (128, 256), 200, (GRID_SEED, 1, 2), 2, 16, 0.95
+RULE = "original"  # Muon's, as its Nesterov momentum: directions are all that differs
 MOST = 14  # rates of one grid
 POINTS = 50  # of a curve
 SAMPLED = 10  # steps between two exact norms
@@ -84,7 +85,8 @@ def build(method: str, run: Task, lr: float, other: float | None) -> Any:
     options: dict[str, Any] = {"direction": method} if rank is None else {"direction": "clip", "rank": rank}
 
     def spectral(matrices: list[Tensor]) -> torch.optim.Optimizer:
-        return SpectralOptimizer([{"params": matrices, "kind": "matrix"}], lr, momentum=MOMENTUM, **options)
+        group = {"params": matrices, "kind": "matrix"}
+        return SpectralOptimizer([group], lr, momentum=MOMENTUM, nesterov=True, rule=RULE, **options)
 
     return with_adamw(run, spectral, other)
 
@@ -116,7 +118,7 @@ class Watch:
             self.reads.append(torch.stack([info.reads.mean() for _, info in self.spectral.last_step()]).mean())
         lr = self.lr * schedule(step, self.case.steps)
         for before, W in zip(self.before, self.matrices, strict=False):
-            D = (before.double() - W.double()) / (lr * scaling.rms_to_rms(*W.shape))
+            D = (before.double() - W.double()) / (lr * scaling.target(RULE, *W.shape))
             if bool(D.isfinite().all()):
                 self.norms.append(torch.linalg.svdvals(D)[0])
         self._keep(step + 1)

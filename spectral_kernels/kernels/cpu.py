@@ -227,3 +227,53 @@ def clip_(
     torch.ops.spectral_kernels.clip_.default(
         m, n, V, L, R, info, W, S, Y, scale, rank, limit, before, step, b, r, fresh, tol, seed
     )
+
+
+def clipped_step_(
+    P: Sequence[Tensor],
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    V: Tensor,
+    scale: Tensor,
+    before: Tensor,
+    step: Tensor,
+    size: Tensor,
+    decay: Tensor,
+    rank: Tensor,
+    limit: Tensor | None,
+    skip: Tensor | None,
+    beta: float,
+    alpha: float,
+    nesterov: bool,
+    propagate: bool,
+    b: int,
+    r: int,
+    fresh: int,
+    reads: int,
+    tol: float,
+    seed: int,
+) -> Tensor:
+    return torch.ops.spectral_kernels.clipped_step_.default(
+        P,
+        M,
+        G,
+        V,
+        scale,
+        before,
+        step,
+        size,
+        decay,
+        rank,
+        limit,
+        skip,
+        beta,
+        alpha,
+        nesterov,
+        propagate,
+        b,
+        r,
+        fresh,
+        reads,
+        tol,
+        seed,
+    )

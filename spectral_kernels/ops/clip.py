@@ -17,11 +17,11 @@ from .estimate import full_precision
 from .subspace import leading_subspace
 
 METHODS = ("auto", "block", "svd")
-# Time of the SVD over that of the block, one CPU thread, float32, from Gaussian and evenly spread values (the slowest
-# to converge) to trained and decaying ones: 0.8 to 6 at rank 8 of 256, 1.3 to 18 at 16 of 512, 3.3 to 10 at 32 of 1024;
-# at 1/16 of the side 0.5 to 6, and 0.1 to 4 for sides of 128.
+# Time of the SVD over that of the block, one CPU thread, float32, four families from Gaussian (the slowest to converge)
+# to decaying values, at a rank of 1/16 of the side: 1 to 6 for 256, 1.7 to 7 for 512, 1.5 to 16 for 1024, but 0.4 to 2
+# for 128; at 1/8 of 256 and 512 0.3 to 3, at 1/32 of 192 0.8 to 7.
 LEAST_SIDE = 256
-SHARE = 32
+SHARE = 16
 FIRST_RANK = 8  # of a threshold, which does not say how many values exceed it
 WIDEST = 80  # columns of the widest block of leading_subspace: longer sides do not change what it does
 
@@ -41,10 +41,10 @@ def spectral_clip(
     (nothing is clipped) to min(m, n) (every value becomes the smallest). threshold > 0: in units of the singular
     values; matrices with sigma_max <= threshold come back bit for bit. Not divided by tau.
     method: "block" subtracts U (S - tau)_+ V' of the leading triplets; "svd" is exact, in float64; "auto" takes the
-    block for shorter sides from 256 and ranks up to 1/32 of them. A threshold starts at rank 8 and doubles it until
+    block for shorter sides from 256 and ranks up to 1/16 of them. A threshold starts at rank 8 and doubles it until
     all values above are found.
-    Error of "block": ||result - exact||_2 <= 2 tol sigma_max, by measurement over matrix families, but no less than
-    1e-4 sigma_max unless A is float64; relative to tau that is sigma_max / tau times as much. What the triplets neglect
+    Error of "block": ||result - exact||_2 <= 2 tol sigma_max (2e-4 sigma_max for less tol where A is not float64), by
+    measurement over matrix families; relative to tau that is sigma_max / tau times as much. What the triplets neglect
     of a clipped direction stays unclipped: the largest singular value of the result is at most
     tau (1 + tol sigma_max / tau). Half results are rounded to their dtype.
     A matrix with NaN or infinite entries becomes NaN, alone. The gradient is that of spectral functions, by a float64
@@ -248,7 +248,7 @@ def _pull_back(A: Tensor, H: Tensor, rank: int, threshold: float) -> Tensor:
     if A.shape[1] < A.shape[2]:
         return _pull_back(A.mT, H.mT, rank, threshold).mT
     U, S, Vh, _, limit, finite = _unit_svd(A, threshold)
-    H = torch.where(finite[:, None, None], H, 0).double()
+    H = H.double()
     tau = S[:, rank - 1 : rank] if rank else limit
     f = torch.minimum(S, tau)
     # by index for a rank: of values equal to tau, those before the s-th count as above, the limit of separate ones

@@ -13,9 +13,10 @@ from torch import Tensor
 from .. import scaling
 from . import arguments
 from .arguments import check_choice
-from .engine import Entry, Options, direction_of, prepare, take
+from .engine import Entry, take
 from .layout import Layout
 from .retract import retract_
+from .state import Options, direction_of, prepare
 
 DIRECTIONS = ("normalize", "clip", "frobenius")
 NONFINITE = ("skip", "strict", "propagate")

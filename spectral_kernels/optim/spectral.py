@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from ..kernels.contracts import INFO
 from ..ops import arguments
-from ..ops.engine import Entry, Options, Outcome, Seat, block_shape, direction_of, is_tracked, prepare, start, take
+from ..ops.engine import Entry, Outcome, Seat, take
 from ..ops.layout import Layout, kind_of
 from ..ops.retract import retract_
+from ..ops.state import Options, block_shape, direction_of, is_tracked, prepare, start
 from ..ops.step import check_gradient, check_options, check_rate, guard
 from .description import Description, Row, Skipped
 from .groups import ParamGroups

@@ -41,12 +41,14 @@ def test_all_parts_over_the_interpreter(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     statuses = {(o["part"], o["check"]): o["status"] for o in checks["outcomes"]}
     assert set(statuses.values()) == {"passed"}
-    assert {part for part, _ in statuses} == {"tests", "host", "G1", "G2", "G3"}
+    assert {part for part, _ in statuses} == {"tests", "host", "G1", "G2", "G7", "G3"}
     assert ("host", "graph replay equals the eager call: ragged list") in statuses
     assert {r["row"] for r in files["gram_matvec"]} == {"G1"} and {r["row"] for r in files["norm"]} == {"G3"}
     assert [(r["row"], r["case"]) for r in files["step"]] == [
         ("G2", "tiny, matrices fp32, captured"),
         ("G2", "tiny, matrices fp32, eager"),
+        ("G7", "tiny, matrices fp32, clip 4, captured"),
+        ("G7", "tiny, matrices fp32, clip 4, captured"),  # against AdamW, against Muon
     ]
     assert {r["status"] for records in files.values() for r in records} == {"ok"}
     assert checks["environment"]["rehearsal"] is True
@@ -63,6 +65,7 @@ def test_a_failing_test_and_a_short_deadline_are_failures(tmp_path):
         "host": "not run",
         "G1": "not run",
         "G2": "not run",
+        "G7": "not run",
         "G3": "not run",
     }
 

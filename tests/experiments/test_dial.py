@@ -86,6 +86,7 @@ def test_the_method_moves_the_hidden_matrices_and_adamw_the_rest(method):
     assert group["momentum"] == dial.MOMENTUM
     if method == "clip 4":
         assert (group["direction"], group["rank"], group["kind"]) == ("clip", 4, "matrix")
+        assert group["nesterov"] and group["rule"] == "original"  # as Muon: only directions differ
 
 
 class Known(torch.optim.Optimizer):
@@ -101,7 +102,7 @@ class Known(torch.optim.Optimizer):
         for group in self.param_groups:
             for W in group["params"]:
                 D = torch.eye(*W.shape, dtype=torch.float64) * self.steps
-                W.copy_(W.double() - group["lr"] * scaling.rms_to_rms(*W.shape) * D)
+                W.copy_(W.double() - group["lr"] * scaling.target(dial.RULE, *W.shape) * D)
 
 
 def test_the_watch_measures_what_moved(monkeypatch):
@@ -181,11 +182,11 @@ def test_two_processes_fill_one_file(tmp_path):
 
 def test_a_wider_model_starts_where_the_narrower_one_ended(made_up, tmp_path):
     study = dial.Study(runs.Results(tmp_path / "none.json"), 300)
-    assert study.start(dial.Case(256), "clip 8") == dial.STARTS["clip 8"]
-    assert study.start(dial.Case(256), "clip 24") in (dial.STARTS["clip 16"], dial.STARTS["clip 32"])
+    assert study.start(dial.Case(256, 300), "clip 8") == dial.STARTS["clip 8"]
+    assert study.start(dial.Case(256, 300), "clip 24") in (dial.STARTS["clip 16"], dial.STARTS["clip 32"])
     study.results.records = runs.load(made_up)[1]
-    assert study.start(dial.Case(256), "clip 8") == -8 and study.start(dial.Case(512), "clip 8") == -7
-    assert study.start(dial.Case(128), "clip 8") == dial.STARTS["clip 8"]  # nothing narrower
+    assert study.start(dial.Case(256, 300), "clip 8") == -8 and study.start(dial.Case(512, 300), "clip 8") == -7
+    assert study.start(dial.Case(128, 300), "clip 8") == dial.STARTS["clip 8"]  # nothing narrower
 
 
 # -- page and pictures, from a made-up file

@@ -116,8 +116,9 @@ def check(A, given, state, wanted, dtype, scale=None):
     eps = torch.finfo(dtype).eps
     for j, (w, lr) in enumerate(zip(wanted, low_rank(state, A), strict=True)):
         top, tau, frob2 = float(w["sigma"]), float(w["tau"]), float(given["info"][j, INFO["frob2"]])
-        # a row of W has the rounding eps sigma_1^2; the i-th vector is made of it divided by sigma_i squared
-        steep = 128 * eps * (top / tau) ** 2
+        # a row of W has the rounding eps sigma_1^2; the i-th vector is made of it divided by sigma_i squared. The
+        # decompositions of b x b matrices in float64 come on top
+        steep = (16 * eps + 128 * torch.finfo(f64).eps) * (top / tau) ** 2
         assert (lr - w["low_rank"]).norm() <= steep * tau, j
         unscaled = 1.0 if scale is None else float(scale[j])
         assert unscaled * float(column(state, "sigma")[j]) == pytest.approx(top, abs=steep * tau)
@@ -199,7 +200,8 @@ def test_a_block_that_covers_everything_clips_exactly(backend, device, dtype, na
             state = clip(fn, A, given, torch.arange(1, n + 1))
             for rank, ((_, x), lr) in enumerate(zip(matrices(A), low_rank(state, A), strict=True), 1):
                 tau = max(float(exact[rank - 1]), floor(dtype) * float(exact[0]))
-                room = 64 * eps * float(exact[0]) ** 2 / tau  # see check
+                # see check; at the floor this is half of tau. And the decompositions of b x b matrices in float64
+                room = 4 * eps * float(exact[0]) ** 2 / tau + 32 * torch.finfo(f64).eps * float(exact[0])
                 assert float(column(state, "tau")[rank - 1]) == pytest.approx(tau, abs=room)
                 left = torch.linalg.svdvals(x.double() - lr)
                 assert (left - exact.clamp(max=tau)).abs().max() <= room, (b, rank)

@@ -121,16 +121,13 @@ def test_a_first_step_of_many_reads_clips_exactly(backend, device, route, dtype,
     info = state.step(G, 0.5, rank=rank, nesterov=nesterov, reads=12, tol=0.0)
     eps = torch.finfo(acc_dtype(dtype)).eps
     X = looked_at(state, G, (0.95, 1.0), nesterov)
-    for (j, x), found in zip(
-        matrices(X), directions(state.P, [torch.zeros_like(p) for p in state.P], 0.5), strict=True
-    ):
+    tau = column(info, "tau") / column(info, "scale")
+    for (j, x), (_, p) in zip(matrices(X), matrices(state.P), strict=True):
         s = torch.linalg.svdvals(x)
-        exact = clipped(x, s[rank[j] - 1])
-        assert (found - exact).norm() <= 128 * eps * (s[0] / s[rank[j] - 1]) ** 2 + 1e-8
-        assert float(column(info, "tau")[j] / column(info, "scale")[j]) == pytest.approx(
-            float(s[rank[j] - 1]), rel=1e-5
-        )
-        assert float(torch.linalg.matrix_norm(found, 2)) == pytest.approx(1, abs=1e-5)
+        last, d = s[rank[j] - 1], -p / 0.5
+        assert (d - clipped(x, last)).norm() <= 128 * eps * (s[0] / last) ** 2 + 1e-8
+        assert float(tau[j]) == pytest.approx(float(last), rel=1e-5)
+        assert float(torch.linalg.matrix_norm(d, 2)) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "device", "route"), ROUTES)
@@ -152,7 +149,8 @@ def test_the_direction_is_that_of_the_exact_clip_up_to_what_is_missed(backend, d
         room = 128 * eps * s[0] ** 2 / tau
         assert (tau * d - tau * clipped(a[0], tau)).norm() <= 2 * outside + room
         assert s[rank[j] - 1] - outside - room <= tau <= s[rank[j] - 1] + room
-        assert (tau * d - a[0].double()).norm() > 0.01 * tau or rank[j] == 1  # something has been clipped
+        if s[0] > 1.1 * s[rank[j] - 1]:  # something has been clipped
+            assert (tau * d - a[0].double()).norm() > 0.05 * tau
 
 
 @pytest.mark.parametrize(("backend", "device", "route"), ROUTES)
@@ -183,8 +181,8 @@ def test_rank_one_is_the_normalized_step(backend, device, route, dtype, nesterov
     """The same direction as tracked_step_'s; the norms differ by tracked_step_'s own error estimate at most."""
     shapes = SHAPES[:4]
     state = State(stepper(backend, device, route, dtype), shapes, device, dtype, f64)
-    other = tracked.State(tracked.stepper(*COMPOSITE[0][:2], "default", dtype, 8), shapes, device, dtype, f64, 8)
-    for t, G in enumerate(turning(shapes, 6, device, dtype)):
+    other = tracked.State(tracked.stepper(backend, device, "default", dtype, 8), shapes, device, dtype, f64, 8)
+    for t, G in enumerate(turning(shapes, 4, device, dtype)):
         before = copies(state.P), copies(other.P)
         info = state.step(G, rank=1, nesterov=nesterov, tol=0.0, reads=2, r=1)
         theirs, _ = other.step(G, nesterov=nesterov, tol=0.0, reads=2)
@@ -194,7 +192,7 @@ def test_rank_one_is_the_normalized_step(backend, device, route, dtype, nesterov
         for j, (d, e) in enumerate(zip(*(directions(x.P, y, 0.1) for x, y in zip((state, other), before, strict=True)),
                                        strict=True)):  # fmt: skip
             torch.testing.assert_close(d * sigma[j], e * of_theirs[j], rtol=1e-5, atol=1e-5 * float(sigma[j]))
-        if t > 2:  # both blocks are warm
+        if t > 1:  # both blocks are warm
             assert ((sigma / of_theirs - 1).abs() <= 10 * column(theirs, "error") + 1e-4).all()
 
 
@@ -341,8 +339,8 @@ def test_a_turning_momentum_and_a_spike_stay_bounded(backend, device, route, dty
     shapes = [(3, 60, 40), (2, 90, 70), (1, 30, 8)]
     state = State(stepper(backend, device, route, dtype, 16), shapes, device, dtype, f64, 16)
     reads = []
-    for t, G in enumerate(turning(shapes, 18, device, dtype)):
-        if t == 14:
+    for t, G in enumerate(turning(shapes, 12, device, dtype)):
+        if t == 9:
             for i, (g, u, v) in enumerate(zip(G, draw(shapes, 51, device), draw(shapes, 52, device), strict=True)):
                 spike = u[..., :1] @ v[..., :1, :]
                 by = torch.linalg.matrix_norm(g.float(), keepdim=True) / torch.linalg.matrix_norm(spike, keepdim=True)
@@ -363,12 +361,12 @@ def test_a_turning_momentum_and_a_spike_stay_bounded(backend, device, route, dty
 
 
 @pytest.mark.parametrize(("backend", "device", "route"), ROUTES)
-@pytest.mark.parametrize("limit", [0.5, 6.0, 1e3])
+@pytest.mark.parametrize("limit", [0.5, 3.0, 1e3])
 def test_a_limit(backend, device, route, limit):
     """P moves by what a threshold leaves, over the threshold; where more than b values exceed it, over the b-th."""
     state = State(stepper(backend, device, route, f32), SHAPES, device, dtype_p=f64)
     G = draw(SHAPES, 1, device)
-    info = state.step(G, 1.0, limit=limit, reads=12, tol=0.0)
+    info = state.step(G, 1.0, limit=limit, reads=12, tol=0.0, fresh=0)
     tau = column(info, "tau") / column(info, "scale")
     for (j, g), d in zip(matrices(G), directions(state.P, [torch.zeros_like(p) for p in state.P], 1.0), strict=True):
         s = torch.linalg.svdvals(g.double())
@@ -488,7 +486,7 @@ def test_same_numbers_alone_again_and_for_any_threads(backend, device, route, dt
 
 
 class HostReads(TorchDispatchMode):
-    """Collects what makes the host wait for the device or give it numbers: .item(), bool(), nonzero, copies."""
+    """Collects what makes the host wait for a number: .item(), bool(), shapes that depend on data."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
@@ -504,21 +502,20 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("backend", "device", "route"), COMPOSITE)
-@pytest.mark.parametrize("limit", [None, 2.0])
-@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize(("limit", "propagate"), [(None, False), (2.0, True)])
 def test_the_host_asks_for_nothing(backend, device, route, limit, propagate):
     """What a captured graph needs: no number comes to the host, whatever the matrices hold."""
     fn = stepper(backend, device, route, f32)
-    state, G = State(fn, SHAPES, device), draw(SHAPES, 1, device)
+    state, G = State(fn, SHAPES[2:4], device), draw(SHAPES[2:4], 1, device)
     N = counts(state.M)
     given = [torch.full((N,), 0.1, dtype=f64, device=device) for _ in range(3)]
     step, rank = (torch.ones(N, dtype=torch.int64, device=device) for _ in range(2))
     skip, owner = torch.zeros(N, dtype=torch.bool, device=device), torch.arange(N, device=device)
+    of_step = (step, *given[:2], rank, None if limit is None else given[2], skip, 0.9, 1.0)
     for nesterov in (False, True):
-        args = (state.P, state.M, G, state.V, state.scale, state.before, step, *given[:2], rank,
-                None if limit is None else given[2], skip, 0.9, 1.0, nesterov, propagate, 8, 4, 1, 2, 0.1, 0)  # fmt: skip
+        args = (state.P, state.M, G, state.V, state.scale, state.before, *of_step, nesterov, propagate)
         with HostReads() as reads:
-            fn(*args, owner=owner)
+            fn(*args, 8, 4, 1, 2, 0.1, 0, owner=owner)
         assert reads.seen == []
     with HostReads() as reads:  # the detector itself
         assert bool(state.P[0].any()) and reads.seen
@@ -527,7 +524,7 @@ def test_the_host_asks_for_nothing(backend, device, route, limit, propagate):
 def test_on_tensors_without_numbers():
     """On the meta device whatever depends on data raises."""
     fn = partial(composites_step.clipped_step_, registry.Words("meta", f32, 8, "reference"))
-    P, M, G = ([torch.empty(s, device="meta") for s in SHAPES] for _ in range(3))
+    P, M, G = ([torch.empty(s, device="meta") for s in SHAPES[:3]] for _ in range(3))
     N, total = counts(M), 8 * sum(sides(M, 2))
     numbers = partial(torch.empty, device="meta", dtype=f64)
     scale, V = torch.empty(N, device="meta"), torch.empty(total, device="meta")

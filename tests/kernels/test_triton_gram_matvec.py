@@ -111,6 +111,11 @@ def test_the_kernels_run_here() -> None:
         (1, 9, "rows", torch.float32, 4),
         (9, 1, "rows", torch.float16, 4),
         (1, 1, "columns", torch.float32, 1),
+        (70, 40, "rows", torch.float32, 17),  # more than 16 columns: two products, every width of the accumulators
+        (20, 70, "columns", torch.bfloat16, 80),
+        (33, 520, "sliced", torch.float16, 20),  # 520: K in two chunks
+        (530, 33, "padded", torch.bfloat16, 33),
+        (1, 34, "broadcast", torch.float32, 64),
         (20000, 4, "rows", torch.float32, 4) if DEVICE == "cuda" else (2000, 4, "rows", torch.float32, 4),
     ],
 )
@@ -118,10 +123,10 @@ def test_one_matrix(m: int, n: int, layout: str, dtype: torch.dtype, b: int) -> 
     check([make(m, n, layout, dtype=dtype)], b)
 
 
-@pytest.mark.parametrize(("m", "n"), [(0, 5), (5, 0), (0, 0)])
-def test_empty_sides(m: int, n: int) -> None:
-    W, S, stats, Y = check([make(m, n, "rows"), make(3, 2, "rows")])
-    assert not W[: 4 * n].any() and not S[0].any() and not stats[0].any() and not Y[: 4 * m].any()
+@pytest.mark.parametrize(("m", "n", "b"), [(0, 5, 4), (5, 0, 4), (0, 0, 4), (0, 5, 17), (5, 0, 17)])
+def test_empty_sides(m: int, n: int, b: int) -> None:
+    W, S, stats, Y = check([make(m, n, "rows"), make(3, 2, "rows")], b)
+    assert not W[: b * n].any() and not S[0].any() and not stats[0].any() and not Y[: b * m].any()
     assert S[1].any()
 
 
@@ -137,35 +142,36 @@ def ragged(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [make(m, n, layouts[i % 4], k=1 + (i % 3 == 1), dtype=dtype) for i, (m, n) in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_ragged_list_and_the_same_bits_alone(dtype: torch.dtype) -> None:
-    A = ragged(dtype)
-    V, scale = inputs(A, 4)
-    check(A)
-    W, S, stats, Y = backend.gram_matvec(A, V, scale, None, 4, True, True)
-    again = backend.gram_matvec(A, V, scale, None, 4, True, True)
+@pytest.mark.parametrize(("dtype", "b"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float32, 17)])
+def test_a_ragged_list_and_the_same_bits_alone(dtype: torch.dtype, b: int) -> None:
+    A = ragged(dtype)[: 10 if b == 4 else 4]
+    V, scale = inputs(A, b)
+    check(A, b)
+    W, S, stats, Y = backend.gram_matvec(A, V, scale, None, b, True, True)
+    again = backend.gram_matvec(A, V, scale, None, b, True, True)
     assert all(torch.equal(x, y) for x, y in zip((W, S, stats, Y), again, strict=True))
     j = v = y = 0
     for a in A:
         for i in range(a.shape[0]):
             m, n = a.shape[1:]
-            alone = backend.gram_matvec([a[i : i + 1]], V[v : v + 4 * n], scale[j : j + 1], None, 4, True, True)
-            assert torch.equal(alone[0], W[v : v + 4 * n])
+            alone = backend.gram_matvec([a[i : i + 1]], V[v : v + b * n], scale[j : j + 1], None, b, True, True)
+            assert torch.equal(alone[0], W[v : v + b * n])
             assert torch.equal(alone[1][0], S[j]) and torch.equal(alone[2][0], stats[j])
-            assert torch.equal(alone[3], Y[y : y + 4 * m])
-            j, v, y = j + 1, v + 4 * n, y + 4 * m
+            assert torch.equal(alone[3], Y[y : y + b * m])
+            j, v, y = j + 1, v + b * n, y + b * m
 
 
 def test_three_hundred_tiny_matrices() -> None:
     check([make(1 + i % 5, 1 + i % 3, "rows") for i in range(100)] + [make(4, 4, "columns", k=200)], b=2)
 
 
-def test_skipped_matrices_give_zeros_and_are_not_read() -> None:
-    A = ragged()
+@pytest.mark.parametrize("b", [4, 18])
+def test_skipped_matrices_give_zeros_and_are_not_read(b: int) -> None:
+    A = ragged()[: 10 if b == 4 else 4]
     A[1][0] = float("nan")  # matrix 1
     skip = torch.zeros(counts(A), dtype=torch.bool, device=DEVICE)
     skip[1] = skip[4] = True
-    W, S, stats, Y = check(A, skip=skip)
+    W, S, stats, Y = check(A, b, skip)
     assert torch.isfinite(W).all() and not S[1].any() and not stats[4].any() and torch.isfinite(Y).all()
 
 
@@ -179,20 +185,23 @@ def test_nothing_is_written_where_it_was_not_asked_for() -> None:
     assert not stats.any() and Y.numel() == 0
 
 
-@pytest.mark.parametrize(("m", "n", "layout"), [(40, 20, "rows"), (40, 20, "columns"), (33, 140, "sliced")])
-def test_nan_and_inf_are_flagged_per_matrix(m: int, n: int, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "layout", "b"),
+    [(40, 20, "rows", 4), (40, 20, "columns", 4), (33, 140, "sliced", 4), (33, 40, "rows", 17)],
+)
+def test_nan_and_inf_are_flagged_per_matrix(m: int, n: int, layout: str, b: int) -> None:
     A = [make(m, n, layout, k=4)]
-    V, scale = inputs(A, 4)
-    clean = backend.gram_matvec(A, V, scale, None, 4, True, False)
+    V, scale = inputs(A, b)
+    clean = backend.gram_matvec(A, V, scale, None, b, True, False)
     A[0][0, m - 1, n - 1] = float("nan")
     A[0][1, 0, n // 2] = float("-inf")
     A[0][2, m // 2, 0] = float("inf")
     A[0][2, m // 3, 1] = float("nan")
-    W, S, stats, _ = backend.gram_matvec(A, V, scale, None, 4, True, False)
+    W, S, stats, _ = backend.gram_matvec(A, V, scale, None, b, True, False)
     assert stats[:, STATS["nan"]].tolist() == [1, 0, 1, 0]
     assert stats[:, STATS["inf"]].tolist() == [0, 1, 1, 0]
     assert torch.isfinite(stats[0, STATS["amax"]])
-    assert torch.equal(W.view(4, 4, n)[3], clean[0].view(4, 4, n)[3])
+    assert torch.equal(W.view(4, b, n)[3], clean[0].view(4, b, n)[3])
     assert torch.equal(S[3], clean[1][3]) and torch.equal(stats[3], clean[2][3])
 
 
@@ -247,7 +256,7 @@ def test_supports_says_no_in_words() -> None:
         assert backend.supports("gram_matvec", "cpu", torch.float32, 4) is None
         assert "interpreter" in (backend.supports("gram_matvec", "cuda", torch.float32, 4) or "")
         assert "float64" in (backend.supports("gram_matvec", "cpu", torch.float64, 4) or "")
-        assert "17" in (backend.supports("gram_matvec", "cpu", torch.float32, 17) or "")
+        assert "81" in (backend.supports("gram_matvec", "cpu", torch.float32, 81) or "")
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
         assert "TRITON_INTERPRET" in (backend.supports("gram_matvec", "cpu", torch.float32, 4) or "")
         assert backend.supports("rayleigh_ritz_", "cuda", torch.bfloat16, 4) is None

@@ -53,6 +53,8 @@ CASES = [  # kind of read, layouts of M and G, dtypes of M and G, b
     ((1, 2, 4100), "rows", "columns", f16, f32, 4),
     ((2, 30, 9), "sliced", "rows", f16, f64, 4),
     ((1, 40, 24), "rows", "sliced", f32, f16, 6),  # more columns than a program holds: a pass of its own first
+    ((1, 40, 24), "columns", "sliced", f32, bf16, 17),  # one program holds the block again
+    ((1, 24, 40), "rows", "rows", f16, f32, 36),
 ]
 
 
@@ -81,7 +83,7 @@ def test_momentum_and_a_read(case, nesterov) -> None:
     flags = [STATS["nan"], STATS["inf"]]
     assert found[2][:, flags].tolist() == exact[2][:, flags].tolist()
     again = backend.momentum_gram_matvec_(ours, G, V, scale, *options, False, False, b)
-    if b <= 4:  # with more columns the update was no part of the read
+    if b <= 4 or b > 16:  # between, the update was no part of the read
         assert all(torch.equal(x, y) for x, y in zip(found[:2], again[:2], strict=True))
 
 
@@ -109,10 +111,13 @@ def test_norms_of_what_is_not_finite_skipped_or_empty() -> None:
     assert torch.isfinite(M[0]).all() and not M[0][3].any() and not norms[3:].any() and torch.isfinite(norms).all()
 
 
-@pytest.mark.parametrize(("layouts", "dtypes", "ahead"), [
-    (("rows", "rows"), (f32, f32), False), (("columns", "columns"), (f16, f32), True),
-    (("rows", "columns"), (f32, f16), True), (("sliced", "rows"), (f64, f32), False)])  # fmt: skip
-def test_apply_update(layouts, dtypes, ahead) -> None:
+@pytest.mark.parametrize(("layouts", "dtypes", "ahead", "r"), [
+    (("rows", "rows"), (f32, f32), False, 0), (("columns", "columns"), (f16, f32), True, 0),
+    (("rows", "columns"), (f32, f16), True, 0), (("sliced", "rows"), (f64, f32), False, 0),
+    (("rows", "rows"), (f32, f32), True, 3), (("columns", "columns"), (f16, f32), False, 1),
+    (("columns", "rows"), (f32, f16), True, 20), (("sliced", "columns"), (f64, f32), False, 7),
+    (("rows", "sliced"), (bf16, bf16), False, 70)])  # fmt: skip
+def test_apply_update(layouts, dtypes, ahead, r) -> None:
     shapes = [(2, 30, 9), (1, 70, 33), (1, 16, 8)]
     P = [make(s, layouts[0], dtypes[0]) for s in shapes]
     M, G = ([make(s, layouts[1], dtypes[1]) for s in shapes] for _ in range(2))
@@ -120,8 +125,9 @@ def test_apply_update(layouts, dtypes, ahead) -> None:
     decay = torch.tensor([0.0, 0.1, 0.2, 0.3], dtype=f64, device=DEVICE)
     skip = torch.tensor([False, True, False, False], device=DEVICE)
     theirs, before = [p.clone() for p in P], P[0].clone()
+    L, R = (torch.randn(r * sum(sides(P, dim)), device=DEVICE) if r else None for dim in (1, 2))
     for word, target in ((backend.apply_update_, P), (reference_step.apply_update_, theirs)):
-        word(target, M, G if ahead else [], size, scale, decay, skip, 0.9, 0.5)
+        word(target, M, G if ahead else [], size, scale, decay, skip, 0.9, 0.5, L, R, r)
     for p, q in zip(P, theirs, strict=True):
         # beta and alpha are single precision here
         assert (p.double() - q.double()).abs().max() <= 4 * max(EPS, torch.finfo(dtypes[0]).eps) * q.abs().max()

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import spectral_kernels as sk
 from spectral_kernels.ops import engine
+from spectral_kernels.ops.state import COLD_STEPS
 from spectral_kernels.optim import SpectralOptimizer, param_groups
 from tests.optim.test_spectral import parameter, spectral
 from tests.optim.textbook import batches, convolutional, loss_of, mlp, same, snapshot, train
@@ -285,7 +286,7 @@ def steps_on_meta(options):
         for p in params:
             p.grad = torch.empty_like(p)
             if warm:  # `step` lies on the host; cold steps read more often
-                opt.state[p]["step"].fill_(engine.COLD_STEPS)
+                opt.state[p]["step"].fill_(COLD_STEPS)
         opt.step()
     with FromHost() as seen:
         opt.step()
@@ -297,7 +298,7 @@ def test_a_step_asks_the_device_for_nothing(options, on_meta):
     """Every `device.type` decision of the engine as on a GPU, on the reference words: `bool`, `item` or a shape that
     depends on data raises for meta tensors. Not covered: other backends' kernels, and the hardware (tests below)."""
     opt, params, _ = steps_on_meta(options)
-    assert all(float(opt.state[p]["step"]) == engine.COLD_STEPS + 2 for p in params)
+    assert all(float(opt.state[p]["step"]) == COLD_STEPS + 2 for p in params)
     assert all(x.device.type == "meta" for p in params for k, x in opt.state[p].items() if k != "step")
     assert opt.skipped.device.type == "meta" and len(list(opt.last_step())) == len(params)
 
@@ -330,7 +331,7 @@ def test_the_detectors_detect(on_meta):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_steps_on_a_gpu_never_wait(options):
     opt, params = on_a_gpu(**options)
-    for _ in range(engine.COLD_STEPS + 1):  # constants are sent once, kernels compiled
+    for _ in range(COLD_STEPS + 1):  # constants are sent once, kernels compiled
         new_gradients(params)
         opt.step()
     new_gradients(params)
@@ -347,7 +348,7 @@ def test_steps_on_a_gpu_never_wait(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_captured_step_replays_as_eager_steps(options):
     opt, params = on_a_gpu(**options)
-    for _ in range(engine.COLD_STEPS + 1):
+    for _ in range(COLD_STEPS + 1):
         new_gradients(params)
         opt.step()
     other, twins = on_a_gpu(**options)

@@ -20,14 +20,17 @@ PIECE = 1024
 FIELDS = tl.constexpr(4)  # rows, place of Y, place of the first piece, pieces
 
 
-@triton.jit(do_not_specialize=["table", "Y", "squares", "items", "b", "piece"])
-def pieces_kernel(table, Y, squares, items, b, piece):
+@triton.jit(do_not_specialize=["table", "skip", "Y", "squares", "items", "b", "piece", "has_skip"])
+def pieces_kernel(table, skip, Y, squares, items, b, piece, has_skip):
     """One tile of S, on or above the diagonal, of one piece."""
     item = tl.load(table + items + tl.program_id(0))
     tiles = tl.cdiv(b, TILE)
     row = tl.program_id(1) // tiles
     column = tl.program_id(1) % tiles
-    if row <= column:
+    go = row <= column
+    if has_skip != 0:
+        go = go & (tl.load(skip + (item >> 32)) == 0)
+    if go:
         mine = table + (item >> 32) * FIELDS
         m = tl.load(mine).to(tl.int32)
         number = (item & 0xFFFFFFFF).to(tl.int32)
@@ -37,8 +40,8 @@ def pieces_kernel(table, Y, squares, items, b, piece):
         square(y, row * TILE, column * TILE, first, tl.minimum(first + piece, m), m, b, out, TILE, 8)
 
 
-@triton.jit(do_not_specialize=["table", "squares", "S", "b"])
-def total_kernel(table, squares, S, b):
+@triton.jit(do_not_specialize=["table", "skip", "squares", "S", "b", "has_skip"])
+def total_kernel(table, skip, squares, S, b, has_skip):
     """One tile of S, and the one across the diagonal."""
     j = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(b, TILE)
@@ -47,6 +50,8 @@ def total_kernel(table, squares, S, b):
     if row <= column:
         mine = table + j * FIELDS
         count = tl.load(mine + 3).to(tl.int32)
+        if has_skip != 0:
+            count = count * (1 - tl.load(skip + j).to(tl.int32))
         at = tl.arange(0, TILE * TILE)[None, :]
         total = tl.zeros((8, TILE * TILE), tl.float64)
         for start in range(0, count, 8):
@@ -77,16 +82,17 @@ def _describe(sizes: Sequence[int]) -> tuple[list[int], tuple[int, int]]:
     return fields + items, (len(fields), pieces)
 
 
-def gram(Y: Tensor, sizes: Sequence[int], b: int) -> Tensor:
-    """(N, b, b) float64 from the flat blocks (b, sizes[j]), exactly symmetric. No host sync."""
+def gram(Y: Tensor, sizes: Sequence[int], b: int, skip: Tensor | None = None) -> Tensor:
+    """(N, b, b) float64 from the flat blocks (b, sizes[j]), exactly symmetric, 0 where skipped. No host sync."""
     S = Y.new_empty((len(sizes), b, b), dtype=torch.float64)
     described = table(("gram", tuple(sizes)), Y.device, lambda: _describe(sizes))
     items, pieces = described.sizes
     tiles = (-(-b // TILE.value)) ** 2
     squares = Y.new_empty(pieces * tiles * TILE.value**2, dtype=torch.float64)
+    gone, has_skip = (described.tensor if skip is None else skip).view(torch.uint8), int(skip is not None)
     with on(Y.device):
         if pieces:
-            pieces_kernel[(pieces, tiles)](described.tensor, Y, squares, items, b, PIECE, **OPTIONS)
+            pieces_kernel[(pieces, tiles)](described.tensor, gone, Y, squares, items, b, PIECE, has_skip, **OPTIONS)
         if len(sizes):
-            total_kernel[(len(sizes), tiles)](described.tensor, squares, S, b, **OPTIONS)
+            total_kernel[(len(sizes), tiles)](described.tensor, gone, squares, S, b, has_skip, **OPTIONS)
     return S

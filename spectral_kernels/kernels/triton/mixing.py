@@ -3,8 +3,8 @@ makes the rows of X orthonormal in order.
 
     G = X X' = K K' (Cholesky, float64)    X <- K^-1 X, twice
 
-is Gram-Schmidt in order up to rounding (the second time is for what float32 lost in the first): a row whose remainder is
-not above LEAST of its length becomes a zero row.
+is Gram-Schmidt in order up to rounding (the second time is for what float32 lost in the first): a row whose remainder
+is not above LEAST of its length becomes a zero row.
 """
 
 from __future__ import annotations

@@ -57,7 +57,12 @@ def product_kernel(
     j, item, group, read = item_of(table, items, groups, skip, has_skip)
     mine = table + j * FIELDS
     base, rows, n, ld, step = matrix_of(mine, ELEMENT, FORM)
-    K, size = (n, rows) if ALONG else (rows, n)
+    if ALONG:
+        K = n
+        size = rows
+    else:
+        K = rows
+        size = n
     part = tl.multiple_of(tl.load(mine + 5).to(tl.int32), DEPTH)
     chunks = tl.maximum(tl.cdiv(K, part), 1)
     first = tl.multiple_of((item % chunks) * part, DEPTH)
@@ -80,7 +85,12 @@ def product_kernel(
     for start in tl.range(first, stop, DEPTH, num_stages=STAGES):
         k = start + tl.arange(0, DEPTH)[:, None]
         keep = (k < stop) & (i < size)
-        across, along = (i, k) if ALONG else (k, i)
+        if ALONG:
+            across = i
+            along = k
+        else:
+            across = k
+            along = i
         here = base + across.to(tl.int64) * ld
         there = g_base + across.to(tl.int64) * g_ld
         x, flags = load(here, along, step, there, g_step, keep, flags, beta, alpha, ELEMENT, FORM, MOMENTUM)
@@ -266,7 +276,7 @@ def read(
 
     with on(V.device):
         product("Y")
-        S = gram(Y, sides(A, 1), b)
+        S = gram(Y, sides(A, 1), b, skip)
         product("W")
         if with_stats:
             statistics_kernel[(N,)](described.tensor, gone, records, stats, int(skip is not None), num_warps=4)
