@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "orthogonal.h"
 #include "random.h"
@@ -48,7 +49,7 @@ bool all_finite(const double* x, int64_t b, int64_t ld) {
 template <class T>
 bool decompose(const Clip<T>& g, const T* w, int64_t ldn, Squares& q, std::vector<double>& sigma, std::vector<double>& root) {
   const int64_t b = g.b, side = q.side;
-  const double floor = 4 * epsilon<T>();
+  const double eps = 1024 * epsilon<T>(), floor = std::max(eps * eps, 4 * epsilon<double>());  // left_out of contracts.py
   if (!all_finite(g.s, b, b)) return false;
   const bool rotates = sizeof(T) == 8;  // W itself before its Gram matrix: float64 has no digits to spare for W W' / lambda
   BlockGram<T> gram{w, b, ldn, q.gram, side};
@@ -161,13 +162,19 @@ void clip(const Clip<T>& g) {
   const bool beyond = g.has_limit && sigma[b - 1] > g.limit && b < std::min(g.m, n);
   const double last = beyond ? sigma[b - 1] : g.has_limit ? g.limit : sigma[std::clamp<int64_t>(g.rank, 1, b) - 1];
   const double tau = std::max(last, std::sqrt(8 * epsilon<T>()) * top);
-  if (!(tau > 0)) return;
+  T* z = z_buffer.need(b4 * ldn);
+  if (!(tau > 0)) {
+    if (info[kFrob2] > 0) {  // the block sees nothing of this matrix
+      next_block(g, z, 0, ldn, w);
+      info[kError] = std::numeric_limits<double>::infinity();
+    }
+    return;
+  }
 
   const int64_t kept = std::clamp<int64_t>(b - g.fresh, 0, b), used = std::max(kept, g.r), used4 = multiple_of_4(used);
   std::vector<T> coefficients(used4 * b, T(0));
   for (int64_t i = 0; i < used; ++i)
     for (int64_t c = 0; c < b; ++c) coefficients[i * b + c] = sigma[i] > 0 ? T(q.basis[i * q.side + c] / sigma[i]) : T(0);
-  T* z = z_buffer.need(b4 * ldn);
   Combine<T> right{coefficients.data(), used4, w, b, ldn, ldn, z, ldn};
   run(right);
   for (int64_t i = 0; i < g.r; ++i) {

@@ -266,7 +266,7 @@ def _tracked_step_fake(P, M, G, V, scale, step, size, decay, *options):
 # clip_: the small algebra of a clipped step, all matrices at once, after gram_matvec has read block V with Y = A V.
 # With S = E Lambda E', Q = Y E Lambda^-1/2 is an orthonormal basis of the range of Y, and the singular triplets of
 # Q Q' A come from the b x b matrix (W E Lambda^-1/2)'(W E Lambda^-1/2) = U Sigma^2 U': u = Q U, v = W E Lambda^-1/2 U
-# / Sigma. Eigenvalues of S up to 4 eps(acc) of the largest are left out: rounding reaches them.
+# / Sigma. Eigenvalues of S and values Sigma^2 up to `left_out` of the largest count as zero.
 #   m, n   sides of every matrix, n the tracked one
 #   V      flat (b, n_j) acc: the block just read, orthonormal or zero rows. On return the block of the next read: the
 #          b - fresh leading v, orthonormalized in descending order, then random rows, drawn from (seed, shape, step_j)
@@ -279,12 +279,20 @@ def _tracked_step_fake(P, M, G, V, scale, step, size, decay, *options):
 #   rank   (N,) int64, 1 ... b: tau = sigma_rank, and at least sqrt(8 eps(acc)) sigma_1, below which nothing is known
 #   limit  (N,) float64 or None: clip at this value of A (unscaled) instead; at sigma_b, and beyond = 1, where more
 #          than the b < min(m, n) values of the block would be clipped
-#   before (N, 2) float64: `outside` of the read before, over tau^2 and over frob2, negative: never read. Replaced
+#   before (N, 2) float64: `outside` of the read before, over tau^2 and over frob2; 0 or less: never read. Replaced
 #   tol    done = 1 where error <= tol or the block fills the space (b >= n)
+# A block that sees nothing of a matrix that is not zero (S = 0, frob2 > 0) is drawn anew, and error is infinite.
 # error estimates by how much the largest singular value of the clipped, divided matrix exceeds 1: the largest
 # (sigma_i - lambda_i^1/2) / tau over sigma_i >= tau (lambda: eigenvalues of S, half a power step behind) plus
 # NEW_ENERGY times what `outside` has gained over the smaller of the two values in `before`, in units of tau^2.
 NEW_ENERGY = 0.15
+
+
+def left_out(acc: torch.dtype) -> float:
+    """Share of sigma_1^2 that counts as zero: above it rounding, eps sigma_1^2 / lambda^1/2, is below the floor of tau."""
+    return max((1024 * torch.finfo(acc).eps) ** 2, 4 * torch.finfo(torch.float64).eps)
+
+
 _library.define(
     "clip_(int[] m, int[] n, Tensor(a!) V, Tensor(b!) L, Tensor(c!) R, Tensor(d!) info, Tensor W, Tensor S, Tensor Y,"
     " Tensor scale, Tensor rank, Tensor? limit, Tensor(e!) before, Tensor step, int b, int r, int fresh, float tol,"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import random
-from .contracts import INFO, NEW_ENERGY
+from .contracts import INFO, NEW_ENERGY, left_out
 from .reference import orthonormalize, supports  # noqa: F401  `supports` is the registry's
 from .reference_step import fill
 
@@ -86,19 +86,19 @@ def _clip_stack(
 ) -> None:
     """Matrices of one shape, (k, ...) each; v, left, right, info and before are replaced."""
     b, n = v.shape[1:]
-    eps = torch.finfo(v.dtype).eps
+    eps, least = torch.finfo(v.dtype).eps, left_out(v.dtype)
     live = (info[:, INFO["done"]] == 0) & S.isfinite().all(2).all(1) & w.isfinite().all(2).all(1)
     S = torch.where(live[:, None, None], S, 0)
     wide = torch.where(live[:, None, None], w, 0).double()
     values, E = torch.linalg.eigh(S)
     values, E = values.flip(1).clamp(min=0), E.flip(2)
-    kept = values > 4 * eps * values[:, :1]
+    kept = values > least * values[:, :1]
     T = torch.where(kept[:, None], E / torch.where(kept, values, 1).sqrt()[:, None], 0)  # (k, b, b)
     C = T.mT @ wide  # Q'A, (k, b, n); from the Gram matrix of W it would have the rounding of sigma_1^4 over lambda
     squares, U = torch.linalg.eigh(C @ C.mT)
     sigma, U = squares.flip(1).clamp(min=0).sqrt(), U.flip(2)
     T = (T @ U).mT  # row i: u_i = sum over c of T[i, c] (row c of y)
-    kept = sigma**2 > 4 * eps * sigma[:, :1] ** 2
+    kept = sigma**2 > least * sigma[:, :1] ** 2
     sigma = torch.where(kept, sigma, 0)
     inverse = torch.where(kept, 1 / torch.where(kept, sigma, 1), 0)[:, :, None]
 
@@ -125,11 +125,12 @@ def _clip_stack(
     gained = (outside / unit**2 - torch.where((before < 0).any(1), 0, expected)).clamp(min=0)
     error = gap + NEW_ENERGY * gained
 
+    lost = live & ~known & (frob2 > 0)
     live = live & known
     basis, _ = orthonormalize(Z[:, : b - fresh], Z[:, :0], torch.zeros_like(top))
     block = fill(basis, draws)
     there = live[:, None, None]
-    v.copy_(torch.where(there, block, v))
+    v.copy_(torch.where(there | lost[:, None, None], block, v))
     left.copy_(torch.where(there, new_left, left))
     right.copy_(torch.where(there, new_right, right))
     found = {
@@ -145,5 +146,6 @@ def _clip_stack(
     }
     for name, value in found.items():
         info[:, INFO[name]] = torch.where(live, value, info[:, INFO[name]])
+    info[:, INFO["error"]] = torch.where(lost, torch.inf, info[:, INFO["error"]])
     missed = torch.stack((outside / unit**2, outside / torch.where(frob2 > 0, frob2, 1)), 1)
     before.copy_(torch.where(live[:, None], missed, before))

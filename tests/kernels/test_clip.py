@@ -317,6 +317,26 @@ def moderate(dtype, device, count=6):
 
 @pytest.mark.parametrize(("backend", "device"), served())
 @pytest.mark.parametrize("dtype", [f32, f64])
+def test_a_block_that_sees_nothing_is_drawn_anew(backend, device, dtype):
+    """All columns of the block are zeros of A: the next read starts from random ones."""
+    fn = kernel("clip_", backend, device, dtype, 4)
+    A = [torch.randn(2, 40, 30, dtype=dtype, device=device)]
+    A[0][0, :, :10] = 0
+    V = composites.start_blocks(A, 4, 0).view(2, 4, 30)
+    V[0, :, 10:] = 0
+    V[0, :, :10] = torch.linalg.qr(V[0, :, :10].mT).Q.mT
+    given = read(A, 4, V.reshape(-1))
+    found = clip(fn, A, given, fresh=0)
+    block = found["V"].view(2, 4, 30)[0].double()
+    torch.testing.assert_close(block @ block.mT, torch.eye(4, dtype=f64, device=device), rtol=0, atol=1e-5)
+    assert float(block[:, 10:].norm()) > 0.5
+    assert column(found, "error").tolist()[0] == math.inf and column(found, "done").tolist() == [0, 0]
+    assert column(found, "tau").tolist()[0] == 0 and column(found, "tau").tolist()[1] > 0
+    assert same_bits(found["before"][0], given["before"][0])
+
+
+@pytest.mark.parametrize(("backend", "device"), served())
+@pytest.mark.parametrize("dtype", [f32, f64])
 def test_matrices_without_a_result_keep_their_state(backend, device, dtype):
     """Not finite products, zero products, done before: everything to the last bit; neighbours as ever."""
     fn, A = kernel("clip_", backend, device, dtype, 4), moderate(dtype, device, 8)
@@ -329,6 +349,7 @@ def test_matrices_without_a_result_keep_their_state(backend, device, dtype):
     spoiled["S"][3], Y[3][:] = math.nan, math.nan
     spoiled["S"][4, 1, 1] = math.inf
     W[5][:], Y[5][:], spoiled["S"][5] = 0, 0, 0
+    spoiled["info"][5, INFO["frob2"]] = 0
     spoiled["info"][6, INFO["done"]] = 1
     for name, side in (("L", 40), ("R", 30)):
         spoiled[name] = torch.randn(r * 8 * side, dtype=dtype, device=device)

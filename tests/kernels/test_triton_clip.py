@@ -254,3 +254,19 @@ def test_declined_in_words() -> None:
         assert "float64" in (backend.supports("clip_", "cuda", f64, 4) or "")
     nothing = torch.empty(0, device=DEVICE)
     backend.clip_([], [], *[nothing] * 9, None, nothing, nothing, 4, 2, 1, 0.1, 0)
+
+
+def test_a_block_that_sees_nothing_is_drawn_anew() -> None:
+    A = [torch.randn(1, 24, 20, device=DEVICE)]
+    A[0][:, :, :10] = 0
+    state = fresh_state(A, 4, 2)
+    V = state.V.view(4, 20)
+    V[:, 10:] = 0
+    V[:, :10] = torch.linalg.qr(V[:, :10].mT).Q.mT
+    before = state.before.clone()
+    call(backend.clip_, A, state, 4, 2)
+    block = state.V.view(4, 20).double()
+    torch.testing.assert_close(block @ block.mT, torch.eye(4, dtype=f64, device=DEVICE), rtol=0, atol=1e-5)
+    assert float(block[:, 10:].norm()) > 0.5
+    found = [float(state.info[0, INFO[name]]) for name in ("error", "done", "tau")]
+    assert found == [float("inf"), 0, 0] and torch.equal(state.before, before)

@@ -73,7 +73,7 @@ POINTERS = {
     "fp32": "V W Q M scale partial Y U OUT C L R X left right",
     "fp64": "records squares S stats T info Z upper scratch norms decay H G A D F between limit before values vectors"
     " lambdas thetas",
-    "i64": "table work places rank",
+    "i64": "table work places",
     "i32": "found",
     "u8": "skip",
 }
@@ -83,7 +83,7 @@ ELSEWHERE = {  # arguments that are something else in one kernel
     "apply": {"size": "*fp32"},
     "correct": {"size": "*fp32"},
     "eigen": {"X": "*fp64"},
-    "clip": {"U": "*fp64", "rows": "*fp32"},
+    "clip": {"U": "*fp64", "rows": "*fp32", "rank": "*i64"},
 }
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contracts import INFO_COLUMNS
+from ..contracts import INFO_COLUMNS, left_out
 from ..contracts import NEW_ENERGY as ENERGY
 from .gram import gram
 from .jacobi import jacobi
@@ -25,8 +25,8 @@ from .ragged import on
 
 INFO_FIELDS = tl.constexpr(INFO_COLUMNS)
 NEW_ENERGY = tl.constexpr(ENERGY)
-EPS = tl.constexpr(2.0**-23)
-REST = tl.constexpr(1e-26)  # 1e-13 of a matrix, squared: directions are used down to 4 eps lambda_1
+LEFT_OUT = tl.constexpr(left_out(torch.float32))  # of the largest eigenvalue
+REST = tl.constexpr(1e-26)  # 1e-13 of a matrix, squared: directions are used down to LEFT_OUT lambda_1
 TAU = tl.constexpr((8 * 2.0**-23) ** 0.5)  # of sigma_1: below, nothing is known
 SCRATCH = tl.constexpr(4)  # matrices of even order that `eigen_kernel` needs
 
@@ -83,7 +83,7 @@ def whiten_kernel(info, S, H, values, T, between, F, found, b, ORDER: tl.constex
     if usable:
         wrong = tl.zeros((SLICE, ORDER), tl.float64)
         lambdas = tl.load(values + j * b + c, mask=c < b, other=0.0)
-        kept = lambdas > tl.load(values + j * b) * (4 * EPS)
+        kept = lambdas > tl.load(values + j * b) * LEFT_OUT
         half = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, lambdas, 1.0)), 0.0)
         for start in range(0, b, SLICE):
             r = start + tl.arange(0, SLICE)[:, None]
@@ -127,7 +127,7 @@ def clip_kernel(
         sizes = table + j * FIELDS
         c = tl.arange(0, ORDER)[None, :]
         theta = tl.load(thetas + j * b + c, mask=c < b, other=0.0)
-        kept = theta > tl.load(thetas + j * b) * (4 * EPS)
+        kept = theta > tl.load(thetas + j * b) * LEFT_OUT
         sigma = tl.where(kept, tl.sqrt(theta), 0.0)
         top = _entry(sigma, c, 0)
         least = _entry(sigma, c, b - 1)
@@ -139,7 +139,8 @@ def clip_kernel(
         else:
             last = _entry(sigma, c, tl.load(rank + j).to(tl.int32) - 1)
         tau = tl.maximum(last, top * TAU)
-        if tau > 0:
+        frob2 = tl.load(row + 8)
+        if (tau > 0) | (frob2 > 0):
             excess = tl.maximum(sigma - tau, 0.0)
             inverse = tl.where(kept, 1.0 / tl.where(kept, sigma, 1.0), 0.0)
             at = j * b * b
@@ -151,31 +152,33 @@ def clip_kernel(
                 tl.store(rows + at + c * b + r, v.to(tl.float32), mask=keep)
                 tl.store(left + at + c * b + r, (x * excess).to(tl.float32), mask=keep)
                 tl.store(right + at + c * b + r, tl.where(excess > 0, v, 0.0).to(tl.float32), mask=keep)
-            trace = tl.sum(tl.sum(sigma * sigma, axis=1), axis=0)
-            frob2 = tl.load(row + 8)
-            outside = tl.maximum(frob2 - trace, 0.0)
-            behind = tl.sqrt(tl.load(lambdas + j * b + c, mask=c < b, other=0.0))
-            gap = tl.where(c < b, tl.where(sigma >= tau, sigma - behind, 0.0), float("-inf"))
-            gap = tl.max(tl.max(gap, axis=1), axis=0) / tau
-            one = tl.load(before + 2 * j)
-            two = tl.load(before + 2 * j + 1)
-            missed = outside / (tau * tau)
-            expected = tl.where((one < 0) | (two < 0), 0.0, tl.minimum(one, two * frob2 / (tau * tau)))
-            error = gap + tl.maximum(missed - expected, 0.0) * NEW_ENERGY
-            done = (error <= tol) | (b >= tl.load(sizes + 1))
-            tl.store(before + 2 * j, missed)
-            tl.store(before + 2 * j + 1, outside / tl.where(frob2 > 0, frob2, 1.0))
-            tl.store(row, top / tl.load(row + 10))
-            tl.store(row + 1, top * top)
-            tl.store(row + 3, error)
-            tl.store(row + 5, done.to(tl.float64))
-            tl.store(row + 11, trace)
-            tl.store(row + 12, b.to(tl.float64))
-            tl.store(row + 13, tau)
-            tl.store(row + 14, outside)
-            tl.store(row + 15, beyond.to(tl.float64))
             known = tl.sum(tl.sum((kept & (c < b)).to(tl.int32), axis=1), axis=0)
             tl.store(found + j, tl.minimum(known, b - fresh))
+            if tau > 0:
+                trace = tl.sum(tl.sum(sigma * sigma, axis=1), axis=0)
+                outside = tl.maximum(frob2 - trace, 0.0)
+                behind = tl.sqrt(tl.load(lambdas + j * b + c, mask=c < b, other=0.0))
+                gap = tl.where(c < b, tl.where(sigma >= tau, sigma - behind, 0.0), float("-inf"))
+                gap = tl.max(tl.max(gap, axis=1), axis=0) / tau
+                one = tl.load(before + 2 * j)
+                two = tl.load(before + 2 * j + 1)
+                missed = outside / (tau * tau)
+                expected = tl.where((one < 0) | (two < 0), 0.0, tl.minimum(one, two * frob2 / (tau * tau)))
+                error = gap + tl.maximum(missed - expected, 0.0) * NEW_ENERGY
+                done = (error <= tol) | (b >= tl.load(sizes + 1))
+                tl.store(before + 2 * j, missed)
+                tl.store(before + 2 * j + 1, outside / tl.where(frob2 > 0, frob2, 1.0))
+                tl.store(row, top / tl.load(row + 10))
+                tl.store(row + 1, top * top)
+                tl.store(row + 3, error)
+                tl.store(row + 5, done.to(tl.float64))
+                tl.store(row + 11, trace)
+                tl.store(row + 12, b.to(tl.float64))
+                tl.store(row + 13, tau)
+                tl.store(row + 14, outside)
+                tl.store(row + 15, beyond.to(tl.float64))
+            else:  # the block sees nothing of this matrix: all rows of the next one are random
+                tl.store(row + 3, float("inf"))
         else:
             tl.store(found + j, -1)
 
