@@ -49,21 +49,10 @@ double clipped_step(ClippedStep<T>& k) {
     gram_read<T>(k.m, T(at), b, b4, ldn, block, w, y, statistics, k.parallel, read, move);
   };
   look(used, true, &k.move);
-  const double amax = read.statistics.amax;
-  const bool nan = read.statistics.nan, inf = read.statistics.inf || std::isinf(amax), bad = nan || inf;
-  const auto [at, repeat] = rescale<T>(used, amax);
   Momentum<T> again = k.move;
   again.update = false;
-  if (repeat) look(at, true, &again);
-  info[kAmax] = amax;
-  info[kNan] = nan;
-  info[kInf] = inf;
-  info[kFrob2] = read.statistics.frob2;
-  info[kScale] = at;
-  info[kReads] = 1 + repeat;
-  const bool spoiled = bad && k.move.propagate;
-  info[kDone] = amax == 0 || spoiled;
-  if (spoiled) info[kSigma] = nan ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+  const auto [at, bad, spoiled] = take_first_read<T>(used, k.move.propagate, read, info,
+                                                     [&](double other) { look(other, true, &again); });
 
   for (int64_t i = 0; i < k.reads && info[kDone] == 0; ++i) {
     if (i) {
@@ -86,7 +75,7 @@ double clipped_step(ClippedStep<T>& k) {
     else
       move_parameter<T>(k, ratio, at, left, right);
   }
-  return amax == 0 ? k.scale : at;
+  return info[kAmax] == 0 ? k.scale : at;
 }
 
 template double clipped_step<float>(ClippedStep<float>&);

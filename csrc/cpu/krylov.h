@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -82,6 +83,30 @@ inline std::pair<double, bool> rescale(double used, double amax) {
   const bool inside = amax * used >= 1 / limit && amax * used <= limit;
   if (inside || !(amax > 0) || std::isinf(amax)) return {used, false};
   return {safe_scale<T>(amax), true};
+}
+
+struct FirstRead {
+  double at;  // the scale in use from now on
+  bool bad, spoiled;  // not finite; and let through
+};
+
+// The statistics of a step's first read into info (reads, flags, norms, scale, done). `read_again(at)` reads once more at
+// another scale where products would leave the range.
+template <class T, class F>
+FirstRead take_first_read(double used, bool propagate, Read<T>& read, double* info, const F& read_again) {
+  const double amax = read.statistics.amax;
+  const bool nan = read.statistics.nan, inf = read.statistics.inf || std::isinf(amax), spoiled = (nan || inf) && propagate;
+  const auto [at, repeat] = rescale<T>(used, amax);
+  if (repeat) read_again(at);
+  info[kAmax] = amax;
+  info[kNan] = nan;
+  info[kInf] = inf;
+  info[kFrob2] = read.statistics.frob2;
+  info[kScale] = at;
+  info[kReads] = 1 + repeat;
+  info[kDone] = amax == 0 || spoiled;
+  if (spoiled) info[kSigma] = nan ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+  return {at, nan || inf, spoiled};
 }
 
 // (b, ldn) orthonormal rows drawn from (seed, m, n, step)

@@ -152,23 +152,11 @@ Tracked tracked_step(TrackedStep<T>& k) {
 
   Read<T> read;
   gram_read<T>(k.m, T(used), b, b4, ldn, block, w, nullptr, true, k.parallel, read, &k.move);
-  const double amax = read.statistics.amax;
-  const bool nan = read.statistics.nan, inf = read.statistics.inf || std::isinf(amax), bad = nan || inf;
-  const auto [at, repeat] = rescale<T>(used, amax);
-  if (repeat) {
+  const auto [at, bad, spoiled] = take_first_read<T>(used, k.move.propagate, read, info, [&](double other) {
     Momentum<T> again = k.move;
     again.update = false;
-    gram_read<T>(k.m, T(at), b, b4, ldn, block, w, nullptr, true, k.parallel, read, &again);
-  }
-  info[kAmax] = amax;
-  info[kNan] = nan;
-  info[kInf] = inf;
-  info[kFrob2] = read.statistics.frob2;
-  info[kScale] = at;
-  info[kReads] = 1 + repeat;
-  info[kDone] = amax == 0 || (bad && k.move.propagate);
-  const bool spoiled = bad && k.move.propagate;
-  if (spoiled) info[kSigma] = nan ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+    gram_read<T>(k.m, T(other), b, b4, ldn, block, w, nullptr, true, k.parallel, read, &again);
+  });
   const double bound = spoiled ? info[kSigma] : info[kDone] != 0 ? 0 : follow<T>(k, T(at), q, w, block, read);
 
   const double norm = (k.upper ? bound : info[kSigma]) * at;  // of scale * X
@@ -180,7 +168,7 @@ Tracked tracked_step(TrackedStep<T>& k) {
     else
       move_parameter<T>(k, ratio, at);
   }
-  return {amax == 0 ? k.scale : at, bound};
+  return {info[kAmax] == 0 ? k.scale : at, bound};
 }
 
 template double next_block<float>(const NextBlock<float>&);

@@ -289,7 +289,7 @@ NEW_ENERGY = 0.15
 
 
 def left_out(acc: torch.dtype) -> float:
-    """Share of sigma_1^2 that counts as zero: above it rounding, eps sigma_1^2 / lambda^1/2, is below the floor of tau."""
+    """Share of sigma_1^2 that counts as zero: above it rounding, eps sigma_1^2 / lambda^1/2, is below tau's floor."""
     return max((1024 * torch.finfo(acc).eps) ** 2, 4 * torch.finfo(torch.float64).eps)
 
 
