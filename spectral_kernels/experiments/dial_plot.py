@@ -64,7 +64,7 @@ def _curves(axes: Any, part: Part, against: str) -> None:
     if lows:
         axes.set_ylim(min(lows) - 0.1, 2 * min(lows) + 0.5)
     if against == "time":
-        axes.set_xlim(0, 3 * part.steps)
+        axes.set_xlim(0, 2 * part.steps)  # what takes longer is cut off
     axes.set_title(part.label, fontsize=9, loc="left")
     axes.set_xlabel("step" if against == "steps" else "time (training steps of AdamW)")
     axes.set_ylabel("training loss (nats)")
