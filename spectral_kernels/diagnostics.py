@@ -41,11 +41,12 @@ class SpectralMonitor:
     Keys are prefix + quantity + "/" + parameter's name, and over all parameters that have the quantity prefix +
     quantity + ".min", ".mean" and ".max". A parameter of several matrices (a stack, the slices of a convolution) has
     its largest, of reads its mean. Quantities, in the norm of the parameter's kind (docs/optimizer.md):
-      momentum_norm         that of the momentum which the last step divided by, an estimate from below
+      momentum_norm         that of the momentum, an estimate from below: what the last step divided by, but for clip
       update_norm           lr x factor of the last step, 0 where nothing moved
       momentum_stable_rank  ||M||_F^2 / ||M||_2^2, where a block follows the matrix
       reads                 of the same: passes over the momentum per step, mean since the last row
-      error                 of the same: largest estimated relative error of momentum_norm since the last row
+      error                 of the same: largest estimated relative error of momentum_norm since the last row; for
+                            clip by how much the norm of a direction may have exceeded 1
       weight_norm           that of the weight, from below: 3 reads a row from a kept block, 16 in its first
       weight_ratio          the same over Condition 1: sqrt(m / n), of slices scaling.init_norm, sqrt(m) for vectors
       weight_stable_rank    ||W||_F^2 / ||W||_2^2 of matrices

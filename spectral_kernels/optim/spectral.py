@@ -83,6 +83,7 @@ class SpectralOptimizer(Optimizer):
         self._described = params.description if isinstance(params, ParamGroups) else None
         self._names = list(params.names) if isinstance(params, ParamGroups) else []  # in the order of the groups
         self._skipped: dict[torch.device, Tensor] = {}
+        self._beyond: dict[torch.device, Tensor] = {}
         self._last: list[Outcome] = []
         self._seats: dict[Tensor, Seat] = {}
         defaults = {
@@ -103,7 +104,7 @@ class SpectralOptimizer(Optimizer):
                     group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = ("momentum_dtype", "error_if_nonfinite", "_described", "_names", "_skipped")
+        mine = ("momentum_dtype", "error_if_nonfinite", "_described", "_names", "_skipped", "_beyond")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in mine}, "_last": [], "_seats": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,8 +179,9 @@ class SpectralOptimizer(Optimizer):
             outcome.names.extend(entry.param for entry in entries)
             self._last.append(outcome)
             for part in outcome.parts:
-                device = part.held.device  # added in place: a captured step counts with every replay
-                self._skipped.setdefault(device, torch.zeros_like(part.held)).add_(part.held)
+                _count(self._skipped, part.held)
+                if options.threshold is not None:
+                    _count(self._beyond, part.info[:, INFO["beyond"]].sum().long())
         for seed in {r[4] for r in retracted}:
             retract_([r[:4] for r in retracted if r[4] == seed], seed)
 
@@ -249,10 +251,13 @@ class SpectralOptimizer(Optimizer):
     @property
     def skipped(self) -> Tensor:
         """() int64 on the device: parameters held back so far because a gradient or momentum was not finite."""
-        counts = list(self._skipped.values())
-        if not counts:
-            return torch.zeros((), dtype=torch.int64)
-        return torch.stack([c.to(counts[0].device) for c in counts]).sum()
+        return _total(self._skipped)
+
+    @property
+    def beyond(self) -> Tensor:
+        """() int64 on the device: updates of a matrix so far whose threshold was exceeded by more values than its block
+        follows, so that they were clipped at the last of these."""
+        return _total(self._beyond)
 
     def last_step(self) -> Iterator[tuple[Tensor, StepInfo]]:
         """(parameter, StepInfo) of every parameter that the last step moved; nothing is sent to the host."""
@@ -314,6 +319,18 @@ def _check(group: dict[str, Any], momentum_dtype: torch.dtype | None = None) -> 
     check_options(**{name: group[name] for name in names}, momentum_dtype=momentum_dtype)
     check_rate("lr", group["lr"])
     check_rate("weight_decay", group["weight_decay"])
+
+
+def _count(counters: dict[torch.device, Tensor], number: Tensor) -> None:
+    """Add () int64 in place: a captured step counts with every replay."""
+    counters.setdefault(number.device, torch.zeros_like(number)).add_(number)
+
+
+def _total(counters: dict[torch.device, Tensor]) -> Tensor:
+    counts = list(counters.values())
+    if not counts:
+        return torch.zeros((), dtype=torch.int64)
+    return torch.stack([c.to(counts[0].device) for c in counts]).sum()
 
 
 _FOLLOWED = ("direction", "rank", "threshold", "block")

@@ -89,9 +89,12 @@ def test_more_values_above_the_threshold_than_columns_are_reported_and_the_step_
     opt = SpectralOptimizer([p], lr=1.0, momentum=0.0, direction="clip", threshold=0.1, block=16, rule="none")
     opt.step()
     ((_, info),) = opt.last_step()
-    assert float(info.beyond) == 1
+    assert float(info.beyond) == 1 and int(opt.beyond) == 1
     assert 0.6 < float(info.tau) < 0.86  # the sixteenth value, from below
     assert spectral(p.detach()) <= 1.4  # the values that the block misses are as large
+    p.grad = 0.01 * G
+    opt.step()
+    assert int(opt.beyond) == 1
 
 
 def test_momentum_of_a_rank_below_s():

@@ -264,6 +264,8 @@ OPTIONS = [
     {"nonfinite": "strict"},
     {"nonfinite": "propagate"},
     {"retract": "rms_to_rms"},
+    {"direction": "clip", "rank": 4},
+    {"direction": "clip", "threshold": 0.5, "nesterov": True},
 ]
 
 
@@ -303,7 +305,7 @@ def test_a_step_asks_the_device_for_nothing(options, on_meta):
     assert opt.skipped.device.type == "meta" and len(list(opt.last_step())) == len(params)
 
 
-@pytest.mark.parametrize("options", [{}, {"nesterov": True, "retract": "rms_to_rms"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"nesterov": True, "retract": "rms_to_rms"}, *OPTIONS[-2:]], ids=str)
 def test_a_later_step_sends_nothing_to_the_device(options, on_meta):
     """Copies from memory that is not pinned wait for the device, and cannot be captured."""
     assert steps_on_meta(options)[2] == []
