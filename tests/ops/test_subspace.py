@@ -188,7 +188,7 @@ def test_the_whole_space_of_a_large_side():
         check_subspace(A, sk.leading_subspace(A, 150), 150, 1e-3)
         check_subspace(A, sk.leading_subspace(A, 64), 64, 1e-3)
     kernel("gram_matvec", "cpu", "cpu", torch.float32, 4)
-    with sk.force("cpu"), pytest.raises(sk.BackendUnavailable, match="blocks of 1 to 64 columns, not 150"):
+    with sk.force("cpu"), pytest.raises(sk.BackendUnavailable, match="blocks of 1 to 128 columns, not 150"):
         sk.leading_subspace(A, 150)
 
 

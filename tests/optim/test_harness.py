@@ -34,6 +34,8 @@ def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         "no momentum, decay": {"momentum": 0.0, "weight_decay": 0.1},
         "nesterov": {"momentum": 0.8, "nesterov": True},
         "frobenius": {"direction": "frobenius", "rule": "original"},
+        "clip": {"direction": "clip", "rank": 3, "weight_decay": 0.1},
+        "threshold": {"direction": "clip", "threshold": 0.1, "nesterov": True},
         "maximize": {"maximize": True, "lr": 0.02, "weight_decay": 0.1},
         "upper": {"safety": "upper", "block": 8, "nonfinite": "strict"},
     }
@@ -55,7 +57,8 @@ def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         (one, {"momentum": 1.0}, construction, ValueError, r"momentum must lie in \[0, 1\), not 1.0"),
         (one, {"momentum": -0.1}, construction, ValueError, "momentum must lie in"),
         (one, {"weight_decay": -1}, construction, ValueError, "Invalid weight_decay: -1"),
-        (one, {"direction": "up"}, construction, ValueError, "direction must be one of 'normalize', 'frobenius'"),
+        (one, {"direction": "up"}, construction, ValueError, "direction must be one of 'normalize', 'clip'"),
+        (one, {"direction": "clip"}, construction, ValueError, "one of rank and threshold"),
         (one, {"rule": "mup"}, construction, ValueError, "rule must be one of"),
         (one, {"block": 1}, construction, ValueError, "block must be in"),
         (one, {"nonfinite": "ignore"}, construction, ValueError, "nonfinite must be one of"),
