@@ -327,14 +327,14 @@ def run(args: argparse.Namespace) -> int:
                     study.run(width, args.methods, args.seeds)
         if args.docs:
             dial_page.write(args.docs, files)
+        if args.plot:
+            from . import dial_plot
+
+            for path in dial_plot.draw(files, args.plot):
+                print(path)
+        print(dial_page.summary(files))
     except ValueError as error:
         raise InputError(str(error)) from None
-    if args.plot:
-        from . import dial_plot
-
-        for path in dial_plot.draw(files, args.plot):
-            print(path)
-    print(dial_page.summary(files))
     return 0
 
 

@@ -26,6 +26,8 @@ def rank_of(method: str) -> int | None:
 def order(method: str) -> tuple[int, int]:
     """Sorts methods as METHODS has them, other clip ranks among those there."""
     rank = rank_of(method)
+    if not rank and method not in METHODS:
+        raise ValueError(f"the results name a method {method!r}, which is not one of {', '.join(METHODS)}")
     return (METHODS.index("clip 4"), rank) if rank else (METHODS.index(method), 0)
 
 

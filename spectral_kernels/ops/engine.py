@@ -253,7 +253,7 @@ def _tracked(
         before = trackers[:, 2:].contiguous()
         clip: tuple[Any, ...] = (
             bucket.P, bucket.M, bucket.G, V, scale, before, draws, size, decay, rank, limit, *moved, b,
-            min(options.rank or b, b), options.fresh(b, max(shorts)),
+            min(options.rank or b, b), options.fresh(b, max(shorts, default=b)),
             *((CLIP_COLD_READS, CLIP_COLD_TOL) if cold else (READS, CLIP_TOL)), options.seed,
         )  # fmt: skip
         clipped = words.clipped_step_ if single else partial(clipped_step_, words, owner=owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +47,10 @@ class Options:
         return max(1, min(wanted, max(min(m.shape[1:]) for m in M)))
 
     def fresh(self, b: int, short: int) -> int:
-        """Columns drawn anew after a read; none where the block holds every direction."""
+        """Columns drawn anew after a read; none where the block holds every direction, none of those to be clipped."""
         if self.direction != "clip":
             return max(1, b // 4)
-        return 0 if b >= short else 1 if b <= 4 else 2
+        return 0 if b >= short else min(1 if b <= 4 else 2, b - (self.rank or 0))
 
 
 def direction_of(direction: str, rank: int | None) -> str:
@@ -65,7 +66,10 @@ def is_tracked(layout: Layout, stacks: Sequence[Tensor], direction: str) -> bool
 
 
 def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Options, dtype: torch.dtype | None) -> None:
-    """Fill in what is missing of a parameter's state: step, momentum_buffer, tracker and, where followed, block."""
+    """Fill in what is missing of a parameter's state: step, momentum_buffer, tracker and, where followed, block.
+
+    A block that does not fit the matrices, of another width above all, is started anew, with a warning.
+    """
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = layout.buffer(param, dtype or param.dtype)
     M = layout.buffer_stacks(layout.buffer_dense(state["momentum_buffer"]))
@@ -76,12 +80,25 @@ def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Optio
     followed = is_tracked(layout, M, options.direction)
     width = 4 if followed and options.direction == "clip" else 2
     tracker = state.get("tracker")
-    if tracker is None or tracker.shape[1] != width:
+    if tracker is None or tuple(tracker.shape) != (N, width):
         state["tracker"] = torch.zeros((N, width), dtype=torch.float64, device=param.device)
-        if tracker is not None:
+        if tracker is not None and tracker.shape[0] == N:
             state["tracker"][:, :2] = tracker[:, :2]
-    if "block" not in state and followed:
-        state["block"] = start(M, options)
+    if not followed:
+        return
+    block, shape = state.get("block"), block_shape(M, options.columns(M))
+    if block is not None and tuple(block.shape) == shape:
+        return
+    if block is not None:
+        warnings.warn(
+            f"the block of a parameter of shape {tuple(param.shape)} is {tuple(block.shape)}, now it must be {shape}: "
+            "it is started anew",
+            UserWarning,
+            stacklevel=3,
+        )
+    state["block"] = start(M, options)
+    state["tracker"][:, 0] = 0  # a first read, of a momentum that is there already too
+    state["tracker"][:, 2:] = 0
 
 
 def start(M: Sequence[Tensor], options: Options) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from .roles import BY_SHAPE, Role
 
 @dataclass(frozen=True)
 class Row:
-    """A parameter that is trained; lr: what reaches it, factor included."""
+    """A parameter that is trained; lr: what reaches it, factor included; NaN where the optimizer's own is not known."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,7 +83,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     count = "" if held is None else str(held)
     return (
         *(row.name, shape_text(row.shape), kind, role.why, fan_out, str(role.fan_in), count),
-        *(f"{row.factor:.4g}", f"{row.lr:.4g}"),
+        *(f"{row.factor:.4g}", "" if math.isnan(row.lr) else f"{row.lr:.4g}"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -47,9 +48,9 @@ def describe(groups: ParamGroups) -> Description:
 def param_groups(
     model: nn.Module,
     optimizer: str | type = "spectral",
-    lr: float | Tensor = 1e-3,
+    lr: float | Tensor | None = None,
     *,
-    weight_decay: float | Mapping[str, float] = 0.0,
+    weight_decay: float | Mapping[str, float] | None = None,
     decoupled: bool | None = None,
     eps: float | None = None,
     kinds: Collection[str] | None = None,
@@ -60,7 +61,8 @@ def param_groups(
 
     optimizer: a name or class ("adamw", torch.optim.SGD, "lion", "muon", ...) or an update rule of
     scaling.UPDATE_RULES. "spectral": lr stays as it is, since SpectralOptimizer applies the factor; groups carry kind,
-    transposed, groups, num_heads, split_sizes. Other groups carry their "kind" and "factor".
+    transposed, groups, num_heads, split_sizes, and lr and weight_decay only where given here: else the optimizer's own
+    are taken. Other groups carry their "kind" and "factor"; lr is 1e-3 and weight_decay 0 where not given.
     weight_decay: for all, or per kind, {"matrix": 0.1}, others 0. Divided by what the rate shrinks by, so that weights
     decay at base lr x weight_decay (decoupled: AdamW, Lion, Muon), or compare with the gradient (added to it: Adam).
     decoupled: which of the two, where the optimizer lets one choose (torch's NAdam, RAdam, Adam).
@@ -78,7 +80,7 @@ def param_groups(
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element, not shape {tuple(lr.shape)}")
-    else:
+    elif lr is not None:
         arguments.check_number("lr", lr, 0.0)
     if eps is not None and rule != "entrywise":
         raise ValueError(f"eps goes with entrywise optimizers, not {name!r} ({rule})")
@@ -88,9 +90,10 @@ def param_groups(
         raise TypeError("kinds must be a collection of kinds, not str")
     for kind in kinds or ():
         arguments.check_choice("kinds", kind, KINDS)
-    decays = _decays(weight_decay)
+    decays = _decays(0.0 if weight_decay is None else weight_decay)
     enters = rule if decoupled else _DECAY_ENTERS.get(name, rule) if decoupled is None else "sgd"
     spectral = name == "spectral"
+    rate: Any = lr if lr is not None else math.nan if spectral else 1e-3  # NaN: not known here
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     names: dict[tuple[Any, ...], list[str]] = {}
@@ -106,11 +109,12 @@ def param_groups(
         factor = role.rate_factor(rule) / _own_factor(name, parameter)
         decay = decays[role.kind]
         if spectral:
-            options = {"lr": lr, "weight_decay": decay, **role.options()}
+            options = {"lr": lr, "weight_decay": None if weight_decay is None else decay}
+            options = {key: value for key, value in options.items() if value is not None} | role.options()
             key = role.kind, role.transposed, role.groups, role.num_heads, options.get("split_sizes") and role.blocks
         else:
             entered = factor if enters == rule else role.rate_factor(enters)
-            options = {"lr": lr * factor, "weight_decay": decay / entered, "kind": role.kind, "factor": factor}
+            options = {"lr": rate * factor, "weight_decay": decay / entered, "kind": role.kind, "factor": factor}
             if eps is not None:
                 options["eps"] = eps / _gradient_size(role)
             # not by the values that a user gives: a checkpoint must load after a change of the decay
@@ -118,7 +122,7 @@ def param_groups(
         group = groups.setdefault(key, {"params": [], **options})
         group["params"].append((entry.name, parameter) if named else parameter)
         names.setdefault(key, []).append(entry.name)
-        rows.append(Row(entry.name, tuple(parameter.shape), role, factor, float(lr) * factor))
+        rows.append(Row(entry.name, tuple(parameter.shape), role, factor, float(rate) * factor))
     return ParamGroups(groups.values(), describe_parameters(rows, skipped), sum(names.values(), []))
 
 

@@ -16,7 +16,7 @@ from ..ops import arguments
 from ..ops.engine import Entry, Outcome, Seat, take
 from ..ops.layout import Layout, kind_of
 from ..ops.retract import retract_
-from ..ops.state import Options, block_shape, direction_of, is_tracked, prepare, start
+from ..ops.state import Options, direction_of, prepare
 from ..ops.step import check_gradient, check_options, check_rate, guard
 from .description import Description, Row, Skipped
 from .groups import ParamGroups
@@ -151,6 +151,7 @@ class SpectralOptimizer(Optimizer):
                 if known is not None and known.made_for == roles and known.holds(p, state.get("momentum_buffer")):
                     entry = Entry(p, grad, state, known.layout, known.factors, lr, decay, seat=known)
                 else:
+                    _check(group, self.momentum_dtype)  # its options may have been changed
                     layout = _layout(group, p)
                     factors = layout.factors(p.shape, group["rule"])
                     entry = Entry(p, grad, state, layout, factors, lr, decay, made_for=roles)
@@ -163,7 +164,6 @@ class SpectralOptimizer(Optimizer):
         for (options, _), (entries, _) in calls.items():
             for entry in entries:
                 if entry.seat is None:
-                    self._fit(entry, options)
                     prepare(entry.param, entry.state, entry.layout, options, self.momentum_dtype)
         self._last = []
         for (options, _), (entries, _) in calls.items():
@@ -185,31 +185,11 @@ class SpectralOptimizer(Optimizer):
         for seed in {r[4] for r in retracted}:
             retract_([r[:4] for r in retracted if r[4] == seed], seed)
 
-    @staticmethod
-    def _fit(entry: Entry, options: Options) -> None:
-        """A block that does not fit the matrices, of another width above all, is started anew, with a warning."""
-        block = entry.state.get("block")
-        if block is None:
-            return
-        M = entry.layout.buffer_stacks(entry.layout.buffer_dense(entry.state["momentum_buffer"]))
-        if not is_tracked(entry.layout, M, options.direction):
-            return
-        shape = block_shape(M, options.columns(M))
-        if tuple(block.shape) != shape:
-            warnings.warn(
-                f"the block of a parameter of shape {tuple(entry.param.shape)} is {tuple(block.shape)}, now it must be "
-                f"{shape}: it is started anew",
-                UserWarning,
-                stacklevel=4,
-            )
-            entry.state["block"] = start(M, options)
-            entry.state["tracker"].select(1, 0).zero_()
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but nothing is loaded where a shape differs, and the state keeps its dtypes bit for bit.
 
-        direction, rank, threshold and block stay what this optimizer was built with: blocks of a checkpoint with
-        another width are started anew.
+        direction, rank, threshold, block and safety stay what this optimizer was built with: blocks of a checkpoint
+        with another width are started anew.
         """
         final: dict[str, Any] = {}
 
@@ -333,7 +313,7 @@ def _total(counters: dict[torch.device, Tensor]) -> Tensor:
     return torch.stack([c.to(counts[0].device) for c in counts]).sum()
 
 
-_FOLLOWED = ("direction", "rank", "threshold", "block")
+_FOLLOWED = ("direction", "rank", "threshold", "block", "safety")
 _ROLE = ("kind", "transposed", "groups", "num_heads")
 
 

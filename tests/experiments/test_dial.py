@@ -361,10 +361,14 @@ def test_bad_input_is_one_line_and_2(made_up, tmp_path, capsys, monkeypatch):
     page.write_text("no markers")
     another = tmp_path / "another.json"
     another.write_text(made_up.read_text().replace('"machine": "', '"machine": "another-'))
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text(made_up.read_text().replace('"method": "SGD"', '"method": "Lion"'))
     for arguments, part in (
         (("--out", tmp_path / "gone.json", "--report"), "gone.json: no such file"),
         (("--out", made_up, "--report", "--docs", page), "no lines <!-- dial:PART -->"),
         (("--out", another), "made with machine another-"),
+        (("--out", unknown, "--report"), "a method 'Lion', which is not one of AdamW"),
+        (("--out", page, "--report"), "Expecting value"),
         (("--out", tmp_path / "new.json", "--times", "--widths", "32"), "needs AdamW's runs"),
     ):
         assert command(*arguments) == 2

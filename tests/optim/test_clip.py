@@ -10,6 +10,7 @@ import torch
 import spectral_kernels as sk
 from spectral_kernels.bench.training import Spikes, groups, spike_, task
 from spectral_kernels.kernels.contracts import INFO
+from spectral_kernels.ops.engine import CLIP_COLD_TOL
 from spectral_kernels.optim import SpectralOptimizer, param_groups
 from tests.optim.test_spectral import parameter, spectral
 from tests.optim.test_state import saved
@@ -182,6 +183,118 @@ def test_another_rank_on_resume_starts_the_block_anew_with_a_warning(before):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step()
+
+
+def steps(opt, p, count):
+    for _ in range(count):
+        p.grad = torch.randn_like(p)
+        opt.step()
+
+
+def test_another_rank_in_a_group_or_a_state_starts_the_block_anew():
+    """The words take the width of a block from the options: one of another width would be read beyond its end."""
+    torch.manual_seed(0)
+    p = parameter(60, 40)
+    opt = SpectralOptimizer([p], lr=0.1, direction="clip", rank=8, rule="none")
+    W, state = torch.zeros(60, 40), {}
+    for rank in (8, 4, 40, 1, 16):
+        opt.param_groups[0]["rank"] = rank
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steps(opt, p, 1)
+            before, G = W.clone(), torch.randn(60, 40)
+            sk.spectral_step_(W, G, 0.1, direction="clip", rank=rank, rule="none", state=state)
+        assert len(caught) == (0 if rank == 8 else 2)
+        width = {8: 16, 4: 8, 40: 40, 1: 4, 16: 32}[rank]
+        assert state["block"].shape == opt.state[p]["block"].shape == (1, width, 40)
+        assert spectral((before - W).double() / 0.1 - clipped(state["momentum_buffer"], rank)[0]) <= 0.2
+
+
+@pytest.mark.parametrize("direction", [{"direction": "clip", "rank": 4}, {"direction": "normalize"}], ids=str)
+def test_other_blocks_of_rows_during_a_run_start_the_state_anew(direction):
+    torch.manual_seed(0)
+    p = parameter(64, 24)
+    opt = SpectralOptimizer([p], lr=0.1, rule="none", **direction)
+    steps(opt, p, 4)
+    opt.param_groups[0]["num_heads"] = 4
+    with pytest.warns(UserWarning, match=r"\(64, 24\).*now it must be \(4, .*, 16\)"):
+        steps(opt, p, 1)
+    before = p.detach().clone()
+    p.grad = torch.randn_like(p)
+    opt.step()
+    D, M = (before - p.detach()) / 0.1, opt.state[p]["momentum_buffer"]
+    D, M = D.view(4, 16, 24), M.view(4, 16, 24)
+    assert float(spectral_each(D - clipped(M, direction.get("rank", 1))[0]).max()) <= 0.2
+
+
+def test_a_block_that_comes_late_begins_with_the_reads_of_a_first_step():
+    torch.manual_seed(0)
+    p = parameter(60, 40)
+    opt = SpectralOptimizer([p], lr=0.1, direction="frobenius", momentum=0.0, rule="none")
+    steps(opt, p, 4)
+    opt.param_groups[0].update(direction="clip", rank=8)
+    steps(opt, p, 1)
+    ((_, info),) = opt.last_step()
+    first = torch.zeros(60, 40, dtype=torch.float64)
+    _, result = sk.spectral_step_(first, p.grad, 0.1, direction="clip", rank=8, momentum=0.0, return_info=True)
+    assert float(info.reads) == float(result.info[0, INFO["reads"]])
+    assert float(info.error) == float(result.info[0, INFO["error"]]) <= CLIP_COLD_TOL
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"threshold": 1.0}, ValueError, "rank=4 and threshold=1.0 given"),
+        ({"rank": None}, ValueError, "neither given"),
+        ({"rank": 0}, ValueError, "rank must be at least 1, not 0"),
+        ({"rank": 8.0}, TypeError, "rank must be an integer, not float"),
+        ({"direction": "normalize"}, ValueError, "rank=4 goes with direction='clip'"),
+    ],
+    ids=str,
+)
+def test_options_changed_during_a_run_are_checked_before_anything_moves(changed, error, message):
+    torch.manual_seed(0)
+    p, q = parameter(60, 40), parameter(30, 20)
+    opt = SpectralOptimizer([{"params": [q]}, {"params": [p]}], lr=0.1, direction="clip", rank=4)
+    opt.step()
+    before = [x.detach().clone() for x in (p, q)]
+    opt.param_groups[1].update(changed)
+    with pytest.raises(error, match=message):
+        opt.step()
+    assert same(before, [p.detach(), q.detach()])
+
+
+def test_a_checkpoint_of_another_direction_leaves_no_option_that_does_not_fit():
+    torch.manual_seed(0)
+    p = parameter(60, 40)
+    other = SpectralOptimizer([p], lr=0.1, safety="upper")
+    other.step()
+    opt = SpectralOptimizer([p], lr=0.2, direction="clip", rank=2)
+    opt.load_state_dict(saved(other.state_dict()))
+    opt.step()
+    assert [opt.param_groups[0][key] for key in ("lr", "direction", "rank", "safety")] == [0.1, "clip", 2, None]
+
+
+@pytest.mark.parametrize("block", [8, 9])
+def test_a_block_as_narrow_as_the_rank_keeps_what_is_clipped(block):
+    """No column that is to be clipped is drawn anew: the same momentum again and again is clipped exactly."""
+    torch.manual_seed(0)
+    G = matrix(60, 40, lambda i: 0.9**i)
+    W, state = torch.zeros_like(G), {}
+    for _ in range(30):
+        before = W.clone()
+        sk.spectral_step_(W, G, 0.5, direction="clip", rank=8, block=block, rule="none", momentum=0.0, state=state)
+    assert spectral((before - W) / 0.5 - clipped(G, 8)[0]) <= 0.1
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"threshold": 1.0}], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8, 6), (0, 6), (8, 0), (2, 0, 6)])
+def test_matrices_without_entries(shape, options):
+    W, full = torch.zeros(shape), torch.zeros(9, 7)
+    for weights in (W, [W, full]):
+        grads = torch.ones_like(W) if weights is W else [torch.ones_like(x) for x in weights]
+        assert sk.spectral_step_(weights, grads, 0.1, direction="clip", **options) is weights
+    assert full.any()
 
 
 @pytest.mark.parametrize("spikes", [None, Spikes(10, 3.0), Spikes(10, 40.0)], ids=str)

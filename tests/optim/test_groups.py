@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from widths import MODELS, mlp, size, slope
 
 import spectral_kernels as sk
-from spectral_kernels.optim import ParamGroups, describe, param_groups
+from spectral_kernels.optim import ParamGroups, SpectralOptimizer, describe, param_groups
 
 OPTIMIZERS = {  # name: (class, base rate)
     "sgd": (torch.optim.SGD, 0.1),
@@ -315,6 +315,23 @@ def test_a_tensor_lr():
     opt = torch.optim.AdamW(groups)
     assert all(isinstance(g["lr"], Tensor) and float(g["lr"]) == 0.5 * g["factor"] for g in opt.param_groups)
     assert float(lr) == 0.5
+
+
+def test_the_rate_and_the_decay_of_the_spectral_optimizer_may_be_given_to_either():
+    """A group's option goes before the optimizer's: one that nobody gave must not be in the group."""
+    model = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32))
+    given = {"lr": 0.02, "weight_decay": 0.1}
+    for opt in (
+        SpectralOptimizer(param_groups(model), **given),
+        SpectralOptimizer(param_groups(model, **given), lr=0.5, weight_decay=0.3),
+    ):
+        assert all(group[key] == value for group in opt.param_groups for key, value in given.items())
+        assert opt.describe()["0.weight"].lr == pytest.approx(0.02 * 2)
+    opt = SpectralOptimizer(param_groups(model, weight_decay={"matrix": 0.1}), weight_decay=0.3)
+    decays = {group["kind"]: group["weight_decay"] for group in opt.param_groups}
+    assert decays == {"matrix": 0.1, "vector": 0, "gain": 0}
+    assert str(param_groups(model).describe()).splitlines()[2].split()[-1] == "2"  # the factor; no rate is known yet
+    assert {group["lr"] / group["factor"] for group in param_groups(model, "adamw")} == {1e-3}
 
 
 def test_optimizers_by_class():
