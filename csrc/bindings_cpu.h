@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -103,6 +105,16 @@ struct Ragged {
     bool same = other.size() == m.size();
     for (size_t i = 0; same && i < m.size(); ++i) same = other[i].m == m[i].m && other[i].n == m[i].n;
     if (!same) throw std::runtime_error("spectral_kernels: the lists hold different shapes");
+  }
+  // Blocks (b, n) of all matrices, and numbers that there is one of per matrix
+  void must_fit(const Tensor& V, int64_t b, std::initializer_list<const Tensor*> each) const {
+    if (V.numel() != b * n)
+      throw std::runtime_error("spectral_kernels: V holds " + std::to_string(V.numel()) + " numbers, blocks of " +
+                               std::to_string(b) + " columns have " + std::to_string(b * n));
+    for (const Tensor* x : each)
+      if (x->size(0) != count())
+        throw std::runtime_error("spectral_kernels: " + std::to_string(x->size(0)) + " numbers for " + std::to_string(count()) +
+                                 " matrices");
   }
   int64_t count() const { return int64_t(m.size()); }
 };

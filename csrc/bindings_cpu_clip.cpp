@@ -52,6 +52,7 @@ Tensor clipped_step_(std::vector<Tensor> P, std::vector<Tensor> M, std::vector<T
   list.check(list.g);
   const auto parameters = matrices(P, true);
   list.check(parameters);
+  list.must_fit(V, b, {&scale, &before, &step, &size, &decay, &rank});
   const int64_t N = list.count();
   Tensor info = like(V, {N, sk::kInfoColumns}, ScalarType::Double);
   double *rows = static_cast<double*>(info.mutable_data_ptr()), *missed = changed<double>(before);

@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> momentum_gram_matvec_(std::vector<Ten
                                                                  int64_t b, bool with_y) {
   const Ragged list(M, G, update);
   list.check(list.g);
+  list.must_fit(V, b, {&scale});
   const int64_t N = list.count();
   const Tensor v = torch::stable::contiguous(V);
   Tensor W = like(V, {v.numel()}, V.scalar_type()), S = like(V, {N, b, b}, ScalarType::Double);
@@ -190,6 +191,7 @@ std::tuple<Tensor, Tensor> tracked_step_(std::vector<Tensor> P, std::vector<Tens
   list.check(list.g);
   const auto parameters = matrices(P, true);
   list.check(parameters);
+  list.must_fit(V, b, {&scale, &step, &size, &decay});
   const int64_t N = list.count();
   Tensor info = like(V, {N, sk::kInfoColumns}, ScalarType::Double), bound = like(V, {N}, ScalarType::Double);
   double* rows = static_cast<double*>(info.mutable_data_ptr());

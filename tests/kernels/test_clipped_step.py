@@ -534,3 +534,27 @@ def test_on_tensors_without_numbers():
         info = fn(P, M, G, V, scale, numbers(N, 2), step, numbers(N), numbers(N), rank, numbers(N), skip, 0.9, 1.0,
                   nesterov, False, 8, 4, 1, 2, 0.1, 0)  # fmt: skip
         assert info.shape == (N, len(INFO)) and info.device.type == "meta"
+
+
+@pytest.mark.parametrize("word", ["momentum_gram_matvec_", "tracked_step_", "clipped_step_"])
+def test_native_words_refuse_blocks_and_numbers_of_another_size(word):
+    """What does not fit would be read beyond its end."""
+    kernel(word, "cpu", "cpu", torch.float32, 4)
+    op = getattr(torch.ops.spectral_kernels, word).default
+    M, G, P = ([torch.randn(2, 12, 9)] for _ in range(3))
+    moved, one, zero = (None, 0.9, 1.0, False), torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+
+    def call(b, count=2):
+        V, scale = torch.zeros(2 * 4 * 9), torch.ones(count)
+        if word == "momentum_gram_matvec_":
+            return op(M, G, V, scale, *moved, True, False, b)
+        if word == "tracked_step_":
+            return op(P, M, G, V, scale, zero, one, one, *moved, False, False, b, 1, 2, 0.1, 1, 0)
+        before = torch.zeros(2, 2, dtype=torch.float64)
+        return op(P, M, G, V, scale, before, zero, one, one, zero + 1, None, *moved, False, b, 2, 1, 2, 0.1, 0)
+
+    call(4)
+    with pytest.raises(RuntimeError, match="V holds 72 numbers, blocks of 8 columns have 144"):
+        call(8)
+    with pytest.raises(RuntimeError, match="1 numbers for 2 matrices"):
+        call(4, count=1)
