@@ -197,9 +197,9 @@ def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options
     bucket.norms += mine.norms
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=None)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on the device, sent once: later steps send nothing from the host."""
+    """A small tensor on the device, sent once: later steps send nothing from the host. Kept: captured graphs read it."""
     host = torch.tensor(values, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 

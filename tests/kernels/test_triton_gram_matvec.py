@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import weakref
+from collections import OrderedDict
 from unittest import mock
 
 import pytest
@@ -21,6 +23,7 @@ with mock.patch.dict(os.environ, INTERPRETER):
     # Triton is imported here and decides, once, whether its kernels are compiled or interpreted
     from spectral_kernels.kernels import triton as backend
     from spectral_kernels.kernels.triton import one_read
+    from spectral_kernels.kernels.triton import ragged as tables
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +252,21 @@ def test_forms_and_launches_depend_on_layout_and_width() -> None:
     assert launched(torch.empty(1, 0, 8)) == launched(torch.empty(1, 8, 0)) == ["finish"]
     widths = {one_read._describe([torch.empty(1, 3, c.width)], 4, None)[1].launches[0].config for c in one_read.ROWS}
     assert widths == set(range(len(one_read.ROWS)))
+
+
+def test_a_table_that_a_graph_reads_outlives_its_place_among_those_kept() -> None:
+    kept, captured = OrderedDict(), set()
+    with mock.patch.object(tables, "_tables", kept), mock.patch.object(tables, "_captured", captured):
+        for key in range(3):
+            kept["cuda", 0, key] = tables.Table(torch.tensor([key]), None)
+        refs = [weakref.ref(each.tensor) for each in kept.values()]
+        device, failing = torch.device("cuda", 0), mock.Mock(side_effect=AssertionError("not kept"))
+        for key, capturing in ((0, True), (1, False)):
+            with mock.patch("torch.cuda.is_current_stream_capturing", return_value=capturing):
+                assert tables.table(key, device, failing) is kept["cuda", 0, key]
+        for number in range(tables.KEPT):
+            tables.table(number, torch.device("cpu"), lambda: ([], None))
+        assert [ref() is not None for ref in refs] == [True, False, False] and len(kept) == tables.KEPT
 
 
 def test_supports_says_no_in_words() -> None:

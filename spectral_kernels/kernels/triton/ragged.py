@@ -3,7 +3,8 @@
 A table holds Python integers only (addresses, sizes, strides, offsets), travels with one non-blocking copy, and is
 kept for the lists seen last: a list with the same addresses, shapes and strides sends nothing. Under CUDA-graph
 capture such a hit leaves kernel launches alone in the graph, so call once with the same tensors before the capture; a
-miss under capture puts the copy into the graph and keeps its pinned source alive for as long as the process runs.
+miss under capture puts the copy into the graph. What a graph reads, a table that was kept or the pinned source of a
+copy, stays alive for as long as the process runs, whatever later calls push out.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ class Table:
 
 
 _tables: OrderedDict[Hashable, Table] = OrderedDict()
-_captured: list[Tensor] = []  # pinned sources of copies inside captured graphs
+_captured: set[Tensor] = set()  # what captured graphs read: tables, pinned sources of copies
 
 
 def table(key: Hashable, device: torch.device, build: Callable[[], tuple[list[int], Any]]) -> Table:
     """The table of `key` on `device`; `build() -> (entries, sizes)` is called where it is not kept yet."""
     full = (device.type, device.index, key)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _tables.get(full)
     if found is not None:
         _tables.move_to_end(full)
+        if capturing:
+            _captured.add(found.tensor)
         return found
     entries, sizes = build()
     host = torch.tensor(entries, dtype=torch.int64)
@@ -46,8 +50,8 @@ def table(key: Hashable, device: torch.device, build: Callable[[], tuple[list[in
     else:
         host = host.pin_memory()
         made = Table(host.to(device, non_blocking=True), sizes)
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(host)
+        if capturing:
+            _captured.add(host)
             return made  # its memory belongs to the graph: not for calls outside
     _tables[full] = made
     if len(_tables) > KEPT:
