@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +197,7 @@ def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options
     bucket.norms += mine.norms
 
 
-@lru_cache(maxsize=None)
+@cache
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor on the device, sent once: later steps send nothing from the host. Kept: captured graphs read it."""
     host = torch.tensor(values, dtype=dtype)
