@@ -199,7 +199,7 @@ def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options
 
 @cache
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on the device, sent once: later steps send nothing from the host. Kept: captured graphs read it."""
+    """A small tensor on the device, sent once: later steps send nothing. Kept for good: captured graphs read it."""
     host = torch.tensor(values, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
