@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Case, Goal, Problem
-from .cases_step import ADAMW, Replay, gaussian_model, recorded_blocks
+from .cases_step import ADAMW, Replay, finite, gaussian_model, recorded_blocks
 from .runs import Muon
 
 MUON = "Muon, fp32 Newton–Schulz"
@@ -68,7 +68,7 @@ def clip_problem(make: Callable[[], Made], rank: int, rival: str) -> Problem:
         rivals={rival: theirs},
         error=lambda _: excess(ours, lr),
         limit=LIMIT,
-        checks={rival: lambda _: 0.0 if all(bool(p.isfinite().all()) for p in copies) else float("inf")},
+        checks={rival: lambda _: finite(copies)},
         settings={rival: f"{100 * (reads - 1):.0f} % of our matrices were read a second time"},
         bytes=6 * moved,
         reads=reads,

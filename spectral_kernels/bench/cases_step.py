@@ -90,6 +90,11 @@ def sigma_error(optimizer: Any, checked: int = CHECKED) -> float:
     return max(errors)
 
 
+def finite(parameters: Sequence[Tensor]) -> float:
+    """The error of a rival's step: 0, or inf where a parameter is not finite any more."""
+    return 0.0 if all(bool(p.isfinite().all()) for p in parameters) else float("inf")
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
         x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)
@@ -128,7 +133,7 @@ def step_problem(
         rivals={ADAMW: theirs},
         error=sigma_error,
         limit=LIMIT,
-        checks={ADAMW: lambda _: 0.0 if all(bool(p.isfinite().all()) for p in copies) else float("inf")},
+        checks={ADAMW: lambda _: finite(copies)},
         settings={ADAMW: f"momentum {momentum:g}; {100 * (reads - 1):.0f} % of our matrices were read a second time"},
         bytes=6 * moved,
         reads=reads,

@@ -12,7 +12,7 @@ from torch import Tensor
 import spectral_kernels as sk
 
 from .cases import Case, Goal, Problem
-from .cases_step import ADAMW, LIMIT, sigma_error
+from .cases_step import ADAMW, LIMIT, finite, sigma_error
 from .gpu_parts import CASE_SECONDS, Outcome, RunOnCuda, Step, outcome, step
 from .shapes import Shapes
 
@@ -101,10 +101,6 @@ def twin(model: Model, place: RunOnCuda) -> Model:
     return other
 
 
-def finite(model: Model) -> float:
-    return 0.0 if all(bool(p.isfinite().all()) for p in model.parameters) else float("inf")
-
-
 def problem(place: RunOnCuda, shapes: Shapes, embedding: bool, captured: bool) -> Problem:
     model = Model(shapes, place.device)
     theirs = twin(model, place)
@@ -120,7 +116,7 @@ def problem(place: RunOnCuda, shapes: Shapes, embedding: bool, captured: bool) -
         rivals={ADAMW: rival},
         error=lambda _: sigma_error(ours.latest(), CHECKED),
         limit=LIMIT,
-        checks={ADAMW: lambda _: finite(theirs)},
+        checks={ADAMW: lambda _: finite(theirs.parameters)},
         settings={ADAMW: f"{100 * (ours.reads - 1):.0f} % of our matrices were read a second time"},
         bytes=6.0 * sum(p.numel() * p.element_size() for p in model.parameters),
         reads=ours.reads,
@@ -143,7 +139,7 @@ def clip_problem(place: RunOnCuda, shapes: Shapes, rank: int) -> Problem:
         rivals={ADAMW: Steps(place, theirs, adamw, True), MUON: muon},
         error=lambda _: sigma_error(ours.latest(), CHECKED),
         limit=CLIP_LIMIT,
-        checks={ADAMW: lambda _: finite(theirs), MUON: lambda _: finite(third)},
+        checks={ADAMW: lambda _: finite(theirs.parameters), MUON: lambda _: finite(third.parameters)},
         settings={ADAMW: share, MUON: f"bf16, eager; {share}"},
         bytes=6.0 * sum(p.numel() * p.element_size() for p in model.parameters),
         reads=ours.reads,

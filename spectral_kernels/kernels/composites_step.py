@@ -48,7 +48,6 @@ class FirstRead(NamedTuple):
     info: Tensor  # flags, norms, scale, reads; done where nothing more is to be read
     at: Tensor  # the scale that was read at
     bad: Tensor  # not finite
-    gone: Tensor  # skipped
     idle: Tensor  # skipped or zero: the tracker stays
 
     def spoil(self, info: Tensor) -> None:
@@ -92,7 +91,29 @@ def first_read(
     info[:, INFO["scale"]] = at.double()
     info[:, INFO["reads"]] = (~gone).double() + again.double()
     info[:, INFO["done"]] = finished.double()
-    return FirstRead(W, S, Y, info, at, bad, gone, gone | (amax == 0))
+    return FirstRead(W, S, Y, info, at, bad, gone | (amax == 0))
+
+
+def read_on(
+    words: Any,
+    M: Sequence[Tensor],
+    G: Sequence[Tensor],
+    V: Tensor,
+    at: Tensor,
+    info: Tensor,
+    moved: tuple[float, float, bool],
+    propagate: bool,
+    b: int,
+    with_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W, S, Y of a further read, of the matrices that are not done; counted in info."""
+    going = info[:, INFO["done"]] == 0
+    info[:, INFO["reads"]] += going.double()
+    if moved[2]:  # the look-ahead is nowhere stored
+        W, S, _, Y = words.momentum_gram_matvec_(M, G, V, at, ~going, *moved, False, propagate, b, with_y)
+    else:
+        W, S, _, Y = words.gram_matvec(M, V, at, ~going, b, False, with_y)
+    return W, S, Y
 
 
 def tracked_step_(
@@ -140,12 +161,7 @@ def tracked_step_(
     rayleigh_ritz_, next_block_ = words.rayleigh_ritz_for(reads * b, FOLLOWED), words.next_block_for(rows)
     for read in range(reads):
         if read:
-            going = info[:, INFO["done"]] == 0
-            info[:, INFO["reads"]] += going.double()
-            if nesterov:
-                W, S, _, _ = words.momentum_gram_matvec_(M, G, v, at, ~going, *moved, False, propagate, b)
-            else:
-                W, S, _, _ = words.gram_matvec(M, v, at, ~going, b, False, False)
+            W, S, _ = read_on(words, M, G, v, at, info, moved, propagate, b, False)
         rayleigh_ritz_(n, Q, v, T, info, W, S, at, b, read * b, FOLLOWED, tol, min_reads)
     bound = next_block_(sides(M, 1), n, Q, T, info, V, step, b, fresh, seed)
 
@@ -201,12 +217,7 @@ def clipped_step_(
     L, R = V.new_zeros(r * sum(m)), V.new_zeros(r * sum(n))
     for read in range(reads):
         if read:
-            going = info[:, INFO["done"]] == 0
-            info[:, INFO["reads"]] += going.double()
-            if nesterov:
-                W, S, _, Y = words.momentum_gram_matvec_(M, G, V, at, ~going, *moved, False, propagate, b, True)
-            else:
-                W, S, _, Y = words.gram_matvec(M, V, at, ~going, b, False, True)
+            W, S, Y = read_on(words, M, G, V, at, info, moved, propagate, b, True)
         draw = step + (read << 32)
         words.clip_(m, n, V, L, R, info, W, S, Y, at, rank, limit, before, draw, b, r, fresh, tol, seed)
     tau = info[:, INFO["tau"]]

@@ -65,7 +65,7 @@ def spectral_clip(
     if not batch.stacks:
         return []
     tol = arguments.check_tol(tol, batch.stacks[0].dtype)
-    _check_transforms(batch.stacks)
+    triplet.check_transforms(batch.stacks, "spectral_clip")
     if rank == 1:  # sigma_1 is the largest already
         parts = [_poisoned(a) for a in batch.stacks]
     else:
@@ -96,13 +96,6 @@ def _check_threshold(threshold: Any) -> float:
     if not 0 < number < math.inf:  # comparisons alone: torch.compile may pass a symbol
         raise ValueError(f"threshold must be a finite number above 0, not {threshold}")
     return number
-
-
-def _check_transforms(stacks: Sequence[Tensor]) -> None:
-    try:
-        triplet.check_transforms(stacks)
-    except RuntimeError as error:
-        raise RuntimeError(str(error).replace("spectral_norm", "spectral_clip")) from None
 
 
 def _amax(A: Tensor) -> Tensor:

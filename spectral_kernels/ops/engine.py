@@ -258,8 +258,9 @@ def _tracked(
         )  # fmt: skip
         clipped = words.clipped_step_ if single else partial(clipped_step_, words, owner=owner)
         info = clipped(*clip)
-        sigma, tau = (info[:, INFO["sigma"]], info[:, INFO["tau"]] / info[:, INFO["scale"]].clamp(min=1e-300))
-        bound = (info[:, INFO["theta"]] + info[:, INFO["outside"]]).sqrt() / info[:, INFO["scale"]].clamp(min=1e-300)
+        at, sigma = info[:, INFO["scale"]], info[:, INFO["sigma"]]
+        tau = info[:, INFO["tau"]] / at
+        bound = (info[:, INFO["theta"]] + info[:, INFO["outside"]]).sqrt() / at
         moved_by = size * torch.where(sigma < tau, sigma / tau, 1)
     else:
         rule = (COLD_READS, TOL, COLD_MIN_READS) if cold else (READS, TOL, 1)

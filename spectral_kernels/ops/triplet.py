@@ -25,7 +25,7 @@ def must_be_opaque(stacks: Sequence[Tensor]) -> bool:
     )
 
 
-def check_transforms(stacks: Sequence[Tensor]) -> None:
+def check_transforms(stacks: Sequence[Tensor], name: str = "spectral_norm") -> None:
     """Refuse what would go wrong silently or obscurely: torch.func's derivatives and forward-mode tangents."""
     if torch.compiler.is_compiling():
         return
@@ -34,12 +34,11 @@ def check_transforms(stacks: Sequence[Tensor]) -> None:
         while torch._C._functorch.is_functorch_wrapped_tensor(level):
             if torch._C._functorch.is_gradtrackingtensor(level):
                 raise RuntimeError(
-                    "spectral_norm does not go with torch.func.grad, vjp or jvp; torch.autograd.grad and"
-                    " torch.vmap work"
+                    f"{name} does not go with torch.func.grad, vjp or jvp; torch.autograd.grad and torch.vmap work"
                 )
             level = torch._C._functorch.get_unwrapped(level)
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(a).tangent is not None:
-            raise RuntimeError("spectral_norm has no forward-mode derivative; reverse mode works")
+            raise RuntimeError(f"{name} has no forward-mode derivative; reverse mode works")
 
 
 def triplets(
