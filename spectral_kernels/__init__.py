@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from .ops.bounds import SpectralBounds as SpectralBounds
     from .ops.bounds import spectral_bounds as spectral_bounds
     from .ops.clip import spectral_clip as spectral_clip
+    from .ops import schedules as schedules
     from .ops.norm import AccuracyWarning as AccuracyWarning
     from .ops.norm import spectral_norm as spectral_norm
+    from .ops.orthogonalize import OrthogonalizeInfo as OrthogonalizeInfo
+    from .ops.orthogonalize import orthogonalize as orthogonalize
     from .ops.rescale import spectral_norm_ as spectral_norm_
     from .ops.step import spectral_step_ as spectral_step_
     from .ops.subspace import LeadingSubspace as LeadingSubspace
@@ -40,6 +43,8 @@ _PUBLIC = {
     "spectral_bounds": ".ops.bounds",
     "SpectralBounds": ".ops.bounds",
     "spectral_clip": ".ops.clip",
+    "orthogonalize": ".ops.orthogonalize",
+    "OrthogonalizeInfo": ".ops.orthogonalize",
     "spectral_norm_": ".ops.rescale",
     "spectral_step_": ".ops.step",
     "init_model_": ".initialization",
@@ -47,7 +52,14 @@ _PUBLIC = {
     "force": ".kernels.registry",
     "BackendUnavailable": ".kernels.registry",
 }
-_SUBMODULES = ("diagnostics", "optim", "parametrizations", "scaling")
+_SUBMODULES = {
+    "diagnostics": ".diagnostics",
+    "integrations": ".integrations",
+    "optim": ".optim",
+    "parametrizations": ".parametrizations",
+    "scaling": ".scaling",
+    "schedules": ".ops.schedules",
+}
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 
@@ -56,7 +68,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         value = getattr(import_module(_PUBLIC[name], __name__), name)
     elif name in _SUBMODULES:
-        value = import_module(f".{name}", __name__)
+        value = import_module(_SUBMODULES[name], __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

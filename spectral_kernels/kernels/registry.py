@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from . import composites, composites_step, reference, reference_clip, reference_step
+from . import (
+    composites,
+    composites_products,
+    composites_step,
+    reference,
+    reference_clip,
+    reference_products,
+    reference_step,
+)
 
 WORDS = (
     "gram_matvec",
@@ -31,12 +39,18 @@ WORDS = (
     "tracked_step_",
     "clip_",
     "clipped_step_",
+    "gram",
+    "square_add",
+    "multiply_add",
+    "multiply_update_",
+    "newton_schulz",
 )
 # word -> (its default over the other words, the word that reads the matrices)
 COMPOSITES: dict[str, tuple[Callable[..., Any], str]] = {
     "block_krylov": (composites.block_krylov, "gram_matvec"),
     "tracked_step_": (composites_step.tracked_step_, "momentum_gram_matvec_"),
     "clipped_step_": (composites_step.clipped_step_, "momentum_gram_matvec_"),
+    "newton_schulz": (composites_products.newton_schulz, "gram"),
 }
 SHORT_CUTS = ("krylov_norm",)  # a backend that serves block_krylov itself may add one
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -81,10 +95,12 @@ def table() -> dict[str, dict[str, Kernel]]:
     rows: dict[str, dict[str, Kernel]] = {word: {} for word in (*WORDS, *SHORT_CUTS)}
     modules = (
         ("cpu", importlib.import_module(".cpu", __package__)),
+        ("cpu", importlib.import_module(".cpu_products", __package__)),
         ("triton", importlib.import_module(".triton", __package__)),
         ("reference", reference),
         ("reference", reference_step),
         ("reference", reference_clip),
+        ("reference", reference_products),
     )
     for backend, module in modules:
         for word in (*WORDS, *SHORT_CUTS):

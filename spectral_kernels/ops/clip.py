@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.contracts import NAMESPACE, acc_dtype
-from . import arguments, triplet
+from . import arguments, opaque, triplet
 from .arguments import ragged
 from .estimate import full_precision
+from .exact import amax, exponents, power, unit_svd
 from .subspace import leading_subspace
 
 METHODS = ("auto", "block", "svd")
@@ -98,47 +99,24 @@ def _check_threshold(threshold: Any) -> float:
     return number
 
 
-def _amax(A: Tensor) -> Tensor:
-    """(k,) float64 largest absolute entries; NaN and inf for such matrices."""
-    k, m, n = A.shape
-    if 0 in A.shape:
-        return A.new_zeros(k, dtype=torch.float64)
-    return torch.maximum(A.amax((1, 2)), -A.amin((1, 2))).double()
-
-
 def _poisoned(A: Tensor) -> Tensor:
     """A copy of A, matrices with a non-finite entry all NaN."""
-    return A.masked_fill(~torch.isfinite(_amax(A.detach()))[:, None, None], torch.nan)
-
-
-def _power(x: Tensor, exponent: Tensor) -> Tensor:
-    """x 2^exponent in float64, in two factors: one may leave the range."""
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    return torch.ldexp(torch.ldexp(x.double(), half), exponent - half)
-
-
-def _exponents(amax: Tensor) -> Tensor:
-    """(k,) e with amax 2^e in [1/2, 1); 0 for zero and non-finite matrices."""
-    usable = torch.isfinite(amax) & (amax > 0)
-    return -torch.frexp(torch.where(usable, amax, 1.0)).exponent * usable
+    return A.masked_fill(~torch.isfinite(amax(A.detach()))[:, None, None], torch.nan)
 
 
 # --------------------------------------------------------------------------------------------------------- by an SVD
 
 
-def _unit_svd(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """float64 U, S, Vh of 2^e A, non-finite matrices as zero; e; the threshold at that scale (k, 1); finite (k,)."""
-    amax = _amax(A)
-    finite, e = torch.isfinite(amax), _exponents(amax)
-    x = _power(torch.where(finite[:, None, None], A, 0), e[:, None, None])
-    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-    return U, S, Vh, e, _power(torch.full_like(amax, threshold), e)[:, None], finite
+def _limit(threshold: float, e: Tensor) -> Tensor:
+    """(k, 1) the threshold at the scale 2^e."""
+    return power(torch.full_like(e, threshold, dtype=torch.float64), e)[:, None]
 
 
 def _by_svd(A: Tensor, rank: int, threshold: float) -> Tensor:
-    U, S, Vh, e, limit, finite = _unit_svd(A, threshold)
+    U, S, Vh, e, finite = unit_svd(A)
+    limit = _limit(threshold, e)
     tau = S[:, rank - 1 : rank] if rank else limit
-    x = _power((U * torch.minimum(S, tau)[:, None]) @ Vh, -e[:, None, None]).to(A.dtype)
+    x = power((U * torch.minimum(S, tau)[:, None]) @ Vh, -e[:, None, None]).to(A.dtype)
     if not rank:
         x = torch.where(_below(S, limit)[:, None, None], A, x)
     return torch.where(finite[:, None, None], x, torch.nan).contiguous()
@@ -178,10 +156,9 @@ def _clip(stacks: list[Tensor], rank: int, threshold: float, method: str, tol: f
 def _windowed(A: Tensor) -> tuple[Tensor, Tensor]:
     """A times powers of two where its values or their products could leave the range; the exponents (k,)."""
     acc = acc_dtype(A.dtype)
-    amax = _amax(A)
-    e = _exponents(amax)
+    e = exponents(amax(A))
     e = torch.where(e.abs() > (60 if acc == torch.float32 else 480), e, 0)
-    return (_power(A, e[:, None, None]).to(acc) if bool(e.any()) else A), e
+    return (power(A, e[:, None, None]).to(acc) if bool(e.any()) else A), e
 
 
 def _round(
@@ -206,11 +183,11 @@ def _round(
         xs = [x if len(rows) == x.shape[0] else x[rows] for x, rows in ((scaled[i], rows) for i, rows, _, _ in members)]
         for (i, rows, e, _), x, (U, S, Vh) in zip(members, xs, leading_subspace(xs, r, tol, seed=seed), strict=True):
             a, short = stacks[i], min(x.shape[1:])
-            limit = S[:, -1:] if rank else _power(torch.full_like(e, threshold, dtype=torch.float64), e)[:, None]
+            limit = S[:, -1:] if rank else _limit(threshold, e)
             excess = (S.double() - limit).clamp(min=0).to(S.dtype)
             clipped = torch.baddbmm(x.to(S.dtype), U * excess[:, None], Vh, alpha=-1)
             if scaled[i] is not a:
-                clipped = _power(clipped, -e[:, None, None])
+                clipped = power(clipped, -e[:, None, None])
             clipped = clipped.to(a.dtype)
             more = torch.zeros_like(rows, dtype=torch.bool)
             if not rank:
@@ -240,7 +217,8 @@ def _pull_back(A: Tensor, H: Tensor, rank: int, threshold: float) -> Tensor:
         return torch.zeros_like(A)
     if A.shape[1] < A.shape[2]:
         return _pull_back(A.mT, H.mT, rank, threshold).mT
-    U, S, Vh, _, limit, finite = _unit_svd(A, threshold)
+    U, S, Vh, e, finite = unit_svd(A)
+    limit = _limit(threshold, e)
     H = H.double()
     tau = S[:, rank - 1 : rank] if rank else limit
     f = torch.minimum(S, tau)
@@ -293,43 +271,25 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> Any:
-    stacks = list(ctx.saved_tensors)
-    wanted = [i for i, (a, h) in enumerate(zip(stacks, grads, strict=True)) if h is not None and a.requires_grad]
-    found: list[Tensor | None] = [None] * len(stacks)
-    if wanted:
-        hs = [grads[i] for i in wanted]
-        pulled = spectral_clip_backward_op([stacks[i] for i in wanted], hs, ctx.rank, ctx.threshold)
-        for i, g in zip(wanted, pulled, strict=True):
-            found[i] = g
+    found = opaque.gradients(ctx, grads, spectral_clip_backward_op, ctx.rank, ctx.threshold)
     return found, None, None, None, None, None
 
 
-def _refuse(ctx: Any, grads: Any) -> Any:
-    raise RuntimeError("spectral_clip: its gradient is not differentiable again (double backward)")
-
-
 spectral_clip_op.register_autograd(_backward, setup_context=_setup)
-spectral_clip_backward_op.register_autograd(_refuse)
-
-
-def _mapped_first(info: Any, in_dims: Any, stacks: list[Tensor]) -> list[Tensor]:
-    """Stacks of a vmapped call with the mapped dimension first, (B, k, m, n)."""
-    if len(stacks) != 1:
-        raise NotImplementedError("torch.vmap over spectral_clip takes a tensor, not a list: pass the list directly")
-    A, dim = stacks[0], in_dims[0]
-    return [A.unsqueeze(0).expand(info.batch_size, *A.shape) if dim is None else A.movedim(dim, 0)]
+spectral_clip_backward_op.register_autograd(opaque.refusal("spectral_clip"))
 
 
 @spectral_clip_op.register_vmap
 def _(info: Any, in_dims: Any, stacks: list[Tensor], *options: Any) -> Any:
-    (A,) = _mapped_first(info, in_dims[0], stacks)
+    (A,) = opaque.mapped_first(info, in_dims[0], stacks, "spectral_clip")
     (x,) = spectral_clip_op([A.flatten(0, 1)], *options)
     return [x.view(A.shape)], [0]
 
 
 @spectral_clip_backward_op.register_vmap
 def _(info: Any, in_dims: Any, stacks: list[Tensor], grads: list[Tensor], *options: Any) -> Any:
-    (A,), (H,) = _mapped_first(info, in_dims[0], stacks), _mapped_first(info, in_dims[1], grads)
+    (A,) = opaque.mapped_first(info, in_dims[0], stacks, "spectral_clip")
+    (H,) = opaque.mapped_first(info, in_dims[1], grads, "spectral_clip")
     (x,) = spectral_clip_backward_op([A.flatten(0, 1)], [H.flatten(0, 1)], *options)
     return [x.view(A.shape)], [0]
 

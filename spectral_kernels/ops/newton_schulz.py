@@ -1,0 +1,165 @@
+"""What an orthogonalization runs: schedule, method, normalizer and dtype, chosen once; and the calls of the words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import registry
+from ..kernels.composites import safe_scale
+from ..kernels.contracts import acc_dtype
+from . import arguments, schedules
+from .exact import amax
+
+METHODS = ("auto", "standard", "gram", "svd")
+NORMALIZERS = ("auto", "frobenius", "schatten4", "spectral")
+# method="auto": longer over shorter side from which iterating on the Gram matrix is faster. CPU: measured at
+# shorter sides from 64 to 2048; elsewhere by the count of operations.
+GRAM_ASPECT = {"cpu": 2.0}
+SPECTRAL_TOL = 5e-3  # of the estimated norm; the margin by which it is raised is twice that
+CHUNK = 1 << 28  # entries of one call: what is computed on the way is a few times as large
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to orthogonalize: checked arguments, the schedule with its steps."""
+
+    schedule: schedules.Schedule
+    method: str = "auto"
+    normalizer: str = "auto"
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def coefficients(self) -> list[float]:
+        return [number for triple in self.schedule.steps for number in triple]
+
+    @property
+    def schatten4(self) -> bool:
+        return self.normalizer in ("auto", "schatten4")
+
+
+def recipe(
+    schedule: Any, steps: int | None = None, method: str = "auto", normalizer: str = "auto", compute_dtype: Any = None
+) -> Recipe:
+    """Check the arguments; ValueError naming what is known."""
+    arguments.check_choice("method", method, METHODS)
+    arguments.check_choice("normalizer", normalizer, NORMALIZERS)
+    if compute_dtype is not None and compute_dtype not in arguments.FLOATS:
+        raise ValueError(f"compute_dtype must be a float dtype, not {compute_dtype}")
+    return Recipe(schedules.schedule(schedule, steps), method, normalizer, compute_dtype)
+
+
+def products_dtype(given: torch.dtype | None, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products are computed in: as asked for; else half inputs in their own dtype, but float32 on CPUs."""
+    if given is not None:
+        return given
+    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@lru_cache(maxsize=4096)
+def _way(
+    schedule: schedules.Schedule, method: str, dtype: torch.dtype, device_type: str, m: int, n: int
+) -> tuple[bool, tuple[int, ...]]:
+    """(on the Gram matrix?, its restarts) for m <= n; ValueError where the schedule is not safe so."""
+    if method == "auto":
+        wide = n >= GRAM_ASPECT.get(device_type, 1.5) * m
+        method = "gram" if wide and schedules.restarts_for(schedule, dtype) is not None else "standard"
+    return method == "gram", schedules.checked(schedule, None, dtype, method, None).restarts
+
+
+def way(made: Recipe, x: Tensor) -> tuple[bool, tuple[int, ...], torch.dtype]:
+    """(on the Gram matrix?, restarts, dtype of the products) for a stack with its shorter side first."""
+    dtype = products_dtype(made.compute_dtype, x.dtype, x.device)
+    return *_way(made.schedule, made.method, dtype, x.device.type, x.shape[1], x.shape[2]), dtype
+
+
+def short_first(x: Tensor) -> Tensor:
+    """The stack, or its transpose, with m <= n."""
+    return x if x.shape[1] <= x.shape[2] else x.mT
+
+
+def norms(stacks: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(N,) float64 powers of two that bring every matrix into a safe window, and largest entries, NaN and inf kept."""
+    largest = torch.cat([amax(x) for x in stacks])
+    scale = safe_scale(largest, torch.float32 if dtype != torch.float64 else dtype)
+    if dtype == torch.float16:  # its own window is narrow: always to amax near 1
+        usable = torch.isfinite(largest) & (largest > 0)
+        exponent = torch.frexp(torch.where(usable, largest, 1)).exponent.clamp(-126, 126)
+        scale = torch.where(usable, torch.ldexp(torch.ones_like(largest), -exponent), scale)
+    return scale, largest
+
+
+def frobenius(x: Tensor, scale: Tensor) -> Tensor:
+    """(k,) float64 Frobenius norms of scale * x, row by row, then over rows."""
+    acc = acc_dtype(x.dtype)
+    if x.dtype == acc and bool_on_host(scale == 1):
+        rows = torch.linalg.vector_norm(x, dim=2)
+    else:
+        rows = torch.linalg.vector_norm(x.to(acc) * scale.to(acc)[:, None, None], dim=2)
+    return torch.linalg.vector_norm(rows.double(), dim=1)
+
+
+def bool_on_host(flags: Tensor) -> bool:
+    """All of them? Asked on CPUs alone: elsewhere it would wait, and the answer is no."""
+    return flags.device.type == "cpu" and bool(flags.all())
+
+
+def inverse(x: Tensor) -> Tensor:
+    """1 / x, and 1 where x is 0 or not finite."""
+    usable = torch.isfinite(x) & (x > 0)
+    return torch.where(usable, 1 / torch.where(usable, x, 1), 1)
+
+
+def iterate(
+    made: Recipe,
+    X: Sequence[Tensor],
+    factor: Tensor,
+    P: Sequence[Tensor] = (),
+    size: Tensor | None = None,
+    decay: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The word newton_schulz for stacks with the shorter side first, one call per method and dtype, and chunk.
+
+    factor (N, 2) float64, P, size, decay, skip and the result as in kernels/contracts_products.py.
+    """
+    rows, first = [], 0
+    for x in X:
+        rows.append(slice(first, first + x.shape[0]))
+        first += x.shape[0]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    filled: dict[tuple[Any, ...], int] = {}
+    for j, x in enumerate(X):
+        if x.numel() == 0:
+            continue
+        key = way(made, x)
+        filled[key] = filled.get(key, 0) + x.numel()
+        groups.setdefault((*key, filled[key] // CHUNK), []).append(j)
+    out: list[Any] = [None] * len(X)
+    used = factor.clone()
+    for (gram, restarts, dtype, _), members in groups.items():
+        words = registry.words(X[0].device.type, dtype, 1)
+        picked = [
+            torch.cat([t[rows[j]] for j in members]) if len(members) < len(X) else t
+            for t in (factor, size, decay, skip)
+            if t is not None
+        ]
+        rest = iter(picked[1:])
+        options = [None if t is None else next(rest) for t in (size, decay, skip)]
+        found, mine = words.newton_schulz(
+            [X[j] for j in members], picked[0], made.schatten4, made.coefficients, gram, list(restarts), dtype,
+            [P[j] for j in members] if P else [], *options,
+        )  # fmt: skip
+        for j, y in zip(members, found, strict=False):
+            out[j] = y
+        counts = [X[j].shape[0] for j in members]
+        for j, u in zip(members, mine.split(counts), strict=True):
+            used[rows[j]] = u
+    if P:
+        return [], used
+    return [x.new_empty(x.shape) if y is None else y for x, y in zip(X, out, strict=True)], used
