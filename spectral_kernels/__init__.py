@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .initialization import init_model_ as init_model_
     from .kernels.registry import BackendUnavailable as BackendUnavailable
     from .kernels.registry import force as force
+    from .ops import schedules as schedules
     from .ops.bounds import SpectralBounds as SpectralBounds
     from .ops.bounds import spectral_bounds as spectral_bounds
     from .ops.clip import spectral_clip as spectral_clip
-    from .ops import schedules as schedules
     from .ops.norm import AccuracyWarning as AccuracyWarning
     from .ops.norm import spectral_norm as spectral_norm
     from .ops.orthogonalize import OrthogonalizeInfo as OrthogonalizeInfo

@@ -1,4 +1,4 @@
-"""The command `spectral-kernels`: inspect, bench, paper, doctor. Arguments, exit statuses; torch only where needed.
+"""The command `spectral-kernels`: inspect, bench, paper, schedules, doctor: arguments and exit statuses.
 
 Exit status: 0 done; 1 `bench` measured a wrong result, or `doctor` found a word that nothing serves; 2 bad arguments or
 input, said in one line; 130 interrupted; 141 the reader of a pipe went away.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .reporting import Inspection
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 SORTS = ("name", "sigma", "ratio", "stable_rank", "size", "change")
 
 _INSPECT = f"""\
@@ -42,6 +43,12 @@ show as nan and inf; JSON has them as the strings "NaN" and "Infinity".
 
 .pt, .pth and .bin are read with weights_only=True; those written by torch < 1.6 cannot be mapped and are read
 as a whole.
+"""
+_SCHEDULES = """\
+Schedules of orthogonalization. Each step replaces every singular value s by s (a + b s^2 + c s^4).
+
+One row per list of coefficients: what its polynomial does, where method "gram" has to compute its Gram matrix anew,
+and whether the arithmetic of --dtype carries it with --method, measured on test matrices; below, f(sigma).
 """
 
 
@@ -125,6 +132,20 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
         experiments.add_parsers(paper, argv[1:])
 
+    schedules = commands.add_parser(
+        "schedules",
+        help="coefficients of orthogonalization: what every list does, and whether an arithmetic carries it",
+        description=_SCHEDULES,
+        formatter_class=raw,
+    )
+    schedules.add_argument("names", nargs="*", metavar="NAME", help="published lists or aliases; by default all")
+    schedules.add_argument("--steps", type=int, metavar="N", help="that many steps, by the tail rule of a list")
+    schedules.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the products (default bfloat16)")
+    schedules.add_argument("--method", choices=("standard", "gram"), default="standard", help="(default standard)")
+    schedules.add_argument("--json", metavar="PATH", help='write everything as JSON; "-" is stdout, not the table')
+    schedules.add_argument("--plot", metavar="PICTURE", help="draw f(sigma) of the names (.png, .pdf, .svg)")
+    schedules.set_defaults(command=_schedules, files=(), csv=None, sort="name")  # what _check_outputs reads
+
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves each word and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.set_defaults(command=_doctor)
@@ -151,6 +172,14 @@ def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
     return doctor.run(args.json)
+
+
+def _schedules(args: argparse.Namespace) -> int:
+    _check_outputs(args)
+    from . import schedules_page
+
+    schedules_page.run(args, _writing)
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

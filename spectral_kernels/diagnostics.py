@@ -19,7 +19,7 @@ from .ops import arguments
 from .ops.estimate import BLOCK, estimate, tracked
 from .ops.layout import Layout
 from .ops.state import direction_of, is_tracked
-from .optim.spectral import SpectralOptimizer, _layout
+from .optim.spectral import SpectralOptimizer
 
 COLD_READS = 16  # of a weight, where no block of it was kept, as ops/retract.py has it
 WARM_READS = 3  # beside the kept block and as many random directions: 24 directions in all
@@ -168,7 +168,7 @@ class SpectralMonitor:
                 name = named.get(id(p), other)
                 if name in out:  # of two models
                     name = f"group{g}.param{i}"
-                layout = _layout(group, p)
+                layout = optimizer.layout_of(group, p)
                 direction = direction_of(group["direction"], group["rank"])
                 followed = is_tracked(layout, layout.stacks(p.detach()), direction)
                 out[name] = _Watched(name, p, layout, followed)

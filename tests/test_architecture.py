@@ -19,7 +19,8 @@ LAYERS = [
     {"ops"},
     {"distributed"},
     {"optim", "parametrizations", "integrations", "explanation", "initialization"},
-    {"bench", "diagnostics", "checkpoints", "inspection", "inspection_plot", "comparison", "doctor", "reporting"},
+    {"bench", "diagnostics", "checkpoints", "inspection", "inspection_plot", "comparison", "doctor", "reporting"}
+    | {"schedules_page"},
     {"experiments"},
     {"cli", "__main__"},
 ]

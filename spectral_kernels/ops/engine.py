@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import registry
-from ..kernels.composites_step import clipped_step_, hold_back, rescale, tracked_step_
-from ..kernels.contracts import INFO, INFO_COLUMNS, NORMS, acc_dtype
+from ..kernels.composites_step import clipped_step_, hold_back, tracked_step_
+from ..kernels.contracts import INFO, NORMS, acc_dtype
 from .estimate import full_precision, oriented
 from .layout import Layout
-from .state import Options, is_cold, is_tracked
+from .newton_schulz import short_first
+from .passes import Bucket, common, constant, normed, orthogonalized, withheld
+from .state import Options, is_cold, is_orthogonalized, is_tracked
 
 READS = 3  # at most, in a step with a tracked block; docs/tracking.md has the measurements
 COLD_READS = 12
@@ -40,6 +42,7 @@ class Seat:
     turned: list[bool]  # stacks whose gradient is to be transposed
     copies: list[tuple[Tensor, Tensor]]  # (tensor, what stands for it and is copied back)
     columns: int  # of the block; 0 without one
+    orthogonal: bool  # shorter side first instead
     count: int  # matrices
     norms: list[int]  # the norm of every matrix, a column of NORMS
     factors: list[float]
@@ -88,6 +91,7 @@ class Part(NamedTuple):
     upper: Tensor
     size: Tensor
     held: Tensor  # () int64: parameters that were held back
+    orthogonalized: Tensor | None = None  # () int64: matrices that were, where that was asked for
 
 
 class Outcome(NamedTuple):
@@ -103,37 +107,27 @@ class Outcome(NamedTuple):
         return found
 
 
-@dataclass
-class _Bucket:
-    """Matrices that one call of a word serves."""
-
-    P: list[Tensor] = field(default_factory=list)
-    M: list[Tensor] = field(default_factory=list)
-    G: list[Tensor] = field(default_factory=list)
-    entries: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)  # matrices of every entry
-    norms: list[int] = field(default_factory=list)  # the norm of every matrix, a column of NORMS
-    factors: list[float] = field(default_factory=list)
-
-
 def take(entries: Sequence[Entry], options: Options) -> Outcome:
     """Momentum, norms and update of every entry, in place, without a host synchronization on GPUs."""
-    buckets: dict[tuple[Any, ...], _Bucket] = {}
+    buckets: dict[tuple[Any, ...], Bucket] = {}
     for i, entry in enumerate(entries):
         _sort(buckets, i, entry, options)
     outcome = Outcome([], [])
     with torch.no_grad():
-        for (columns, single, cold, *_), bucket in buckets.items():
+        for (columns, orthogonal, single, cold, *_), bucket in buckets.items():
             with full_precision(bucket.M):
-                if columns:
+                found: tuple[Tensor, ...]
+                if orthogonal:
+                    found = orthogonalized(bucket, entries, options)
+                elif columns:
                     found = _tracked(bucket, entries, options, columns, single, cold)
                 else:
-                    found = _normed(bucket, entries, options)
+                    found = normed(bucket, entries, options)
             outcome.parts.append(Part(bucket.entries, bucket.counts, columns > 0, *found))
         for entry in entries:
             for strided, dense in entry.seat.copies if entry.seat else ():
                 strided.copy_(dense)
-        steps = [entry.state["step"] for entry in entries if not _known_skip(entry)]
+        steps = [entry.state["step"] for entry in entries if "step" in entry.state and not _known_skip(entry)]
         if steps:
             torch._foreach_add_(steps, 1)
     return outcome
@@ -151,8 +145,9 @@ def seat(entry: Entry, options: Options) -> Seat:
     p, m = layout.dense(param), layout.buffer_dense(buffer)
     P, M = layout.stacks(p), layout.buffer_stacks(m)
     tracked = "block" in state and is_tracked(layout, M, options.direction)
+    orthogonal = is_orthogonalized(layout, options.direction)
     count = sum(x.shape[0] for x in M)
-    sides = [oriented(x) if tracked else x for x in M]
+    sides = [oriented(x) if tracked else short_first(x) if orthogonal else x for x in M]
     turned = [side.stride() != x.stride() or side.shape != x.shape for side, x in zip(sides, M, strict=True)]
     return Seat(
         param,
@@ -163,6 +158,7 @@ def seat(entry: Entry, options: Options) -> Seat:
         turned,
         [(x, d) for x, d in ((param, p), (buffer, m)) if x is not d],
         options.columns(M) if tracked else 0,
+        orthogonal,
         count,
         [{"gain": NORMS["amax"], "embedding": NORMS["row2"]}.get(layout.kind, NORMS["frob2"])] * count,
         [factor for factor, x in zip(entry.factors, M, strict=True) for _ in range(x.shape[0])],
@@ -172,7 +168,7 @@ def seat(entry: Entry, options: Options) -> Seat:
     )
 
 
-def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options: Options) -> None:
+def _sort(buckets: dict[tuple[Any, ...], Bucket], i: int, entry: Entry, options: Options) -> None:
     """Put the matrices of an entry into its bucket."""
     if entry.seat is None:
         entry.seat = seat(entry, options)
@@ -184,10 +180,11 @@ def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options
         G = [g.mT if turn else g for g, turn in zip(G, mine.turned, strict=True)]
     cold = mine.columns > 0 and not mine.warm and is_cold(entry.state)
     mine.warm = mine.columns > 0 and not cold
-    key = (mine.columns, mine.count == 1, cold, mine.param.dtype, mine.buffer.dtype, grad.dtype, mine.param.device)
+    kinds = (mine.param.dtype, mine.buffer.dtype, grad.dtype, mine.param.device)
+    key = (mine.columns, mine.orthogonal, mine.count == 1, cold, *kinds)
     bucket = buckets.get(key)
     if bucket is None:
-        bucket = buckets[key] = _Bucket()
+        bucket = buckets[key] = Bucket()
     bucket.P += mine.P
     bucket.M += mine.M
     bucket.G += G
@@ -197,49 +194,12 @@ def _sort(buckets: dict[tuple[Any, ...], _Bucket], i: int, entry: Entry, options
     bucket.norms += mine.norms
 
 
-@cache
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on the device, sent once: later steps send nothing. Kept for good: captured graphs read it."""
-    host = torch.tensor(values, dtype=dtype)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
-def _per_matrix(values: Sequence[float | Tensor], counts: Sequence[int], device: torch.device) -> Tensor:
-    """(N,) float64 from one number or one-element tensor per entry."""
-    if not any(isinstance(v, Tensor) for v in values) and len(set(values)) == 1:
-        return torch.full((sum(counts),), float(values[0]), dtype=torch.float64, device=device)
-    parts = []
-    for value, count in zip(values, counts, strict=True):
-        x = value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
-        parts.append(x.to(device, torch.float64, non_blocking=True).reshape(1).expand(count))
-    return torch.cat(parts)
-
-
-def _common(bucket: _Bucket, entries: Sequence[Entry]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """size (N,), decay (N,), skip (N,) or None, and the entry of every matrix where one has several."""
-    device = bucket.M[0].device
-    mine = [entries[i] for i in bucket.entries]
-    lr = _per_matrix([e.lr for e in mine], bucket.counts, device)
-    size = lr * _constant(tuple(bucket.factors), torch.float64, device)
-    decay = _per_matrix([e.decay for e in mine], bucket.counts, device)
-    skip = None
-    if any(e.skip is not None for e in mine):
-        none = torch.zeros((), dtype=torch.bool, device=device)
-        flags = [(none if e.skip is None else e.skip).expand(c) for e, c in zip(mine, bucket.counts, strict=True)]
-        skip = torch.cat(flags)
-    owner = None
-    if max(bucket.counts) > 1:
-        numbers = tuple(i for i, c in enumerate(bucket.counts) for _ in range(c))
-        owner = _constant(numbers, torch.int64, device)
-    return size, decay, skip, owner
-
-
 def _tracked(
-    bucket: _Bucket, entries: Sequence[Entry], options: Options, b: int, single: bool, cold: bool
+    bucket: Bucket, entries: Sequence[Entry], options: Options, b: int, single: bool, cold: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = bucket.M[0]
     acc = acc_dtype(first.dtype)
-    size, decay, skip, owner = _common(bucket, entries)
+    size, decay, skip, owner = common(bucket, entries)
     states = [entries[i].state for i in bucket.entries]
     trackers = torch.cat([s["tracker"] for s in states])
     V = torch.cat([s["block"].reshape(-1) for s in states]).to(acc)
@@ -248,7 +208,7 @@ def _tracked(
     moved = (skip, options.momentum, options.alpha, options.nesterov, options.propagate)
     if options.direction == "clip":
         shorts = [min(m.shape[1:]) for m in bucket.M for _ in range(m.shape[0])]
-        rank = _constant(tuple(min(options.rank or b, max(1, s)) for s in shorts), torch.int64, first.device)
+        rank = constant(tuple(min(options.rank or b, max(1, s)) for s in shorts), torch.int64, first.device)
         limit = None if options.threshold is None else torch.full_like(size, options.threshold)
         before = trackers[:, 2:].contiguous()
         clip: tuple[Any, ...] = (
@@ -281,62 +241,4 @@ def _tracked(
     torch._foreach_copy_(blocks, [part.view(x.shape) for part, x in zip(parts, blocks, strict=True)])
     bad = (info[:, INFO["nan"]] + info[:, INFO["inf"]]) > 0
     held = hold_back(bad, skip, owner, options.propagate)
-    return info, bound, *_held(held, moved_by, owner, len(states))
-
-
-def _normed(bucket: _Bucket, entries: Sequence[Entry], options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Norms that need no block: l2 of a vector, Frobenius, largest entry, largest row."""
-    P, M, G, first = bucket.P, bucket.M, bucket.G, bucket.M[0]
-    acc = acc_dtype(first.dtype)
-    size, decay, skip, owner = _common(bucket, entries)
-    states = [entries[i].state for i in bucket.entries]
-    trackers = torch.cat([s["tracker"] for s in states])
-    words = registry.words(first.device.type, first.dtype, 4)
-    moved = (options.momentum, options.alpha, options.nesterov)
-    scale = torch.where(trackers[:, 0] > 0, trackers[:, 0], 1).to(acc)
-    norms = words.momentum_norms_(M, G, scale, skip, *moved, True, options.propagate)
-    amax = norms[:, NORMS["amax"]]
-    at, again = rescale(scale, amax, acc)
-    flags = norms[:, NORMS["nan"] : NORMS["inf"] + 1]  # a repeated pass sees the cleaned momentum
-    bad = (flags > 0).any(1)
-    if first.device.type != "cpu" or bool(again.any()):
-        second = words.momentum_norms_(M, G, at, ~again, *moved, False, options.propagate)
-        norms = torch.where(again[:, None], second, norms)
-    info = _info(norms, flags, at, again)
-    columns = _constant(tuple(bucket.norms), torch.int64, first.device)
-    chosen = norms.gather(1, columns[:, None])[:, 0]
-    norm = torch.where(columns == NORMS["amax"], amax * at.double(), chosen.sqrt())  # of scale * X
-    moves = norm > 0
-    ratio = torch.where(moves, size / torch.where(moves, norm, 1), 0)
-    value = norm / at.double()
-    held = hold_back(bad, skip, owner, options.propagate)
-    if options.propagate:
-        ratio, value = (torch.where(bad, torch.nan, x) for x in (ratio, value))
-    info[:, INFO["sigma"]] = value
-    words.apply_update_(
-        P, M, G if options.nesterov else [], ratio.to(acc), at, decay, held, options.momentum, options.alpha
-    )
-    kept = (amax == 0) if skip is None else skip | (amax == 0)
-    new = torch.stack((torch.where(kept, trackers[:, 0], at.double()), trackers[:, 1]), 1)
-    torch._foreach_copy_([s["tracker"] for s in states], list(new.split(bucket.counts)))
-    return info, value, *_held(held, size, owner, len(states))
-
-
-def _held(held: Tensor | None, size: Tensor, owner: Tensor | None, entries: int) -> tuple[Tensor, Tensor]:
-    """size (N,) with 0 for the matrices that were held back, and the number of entries () int64 that were."""
-    if held is None:
-        return size, size.new_zeros((), dtype=torch.int64)
-    each = held if owner is None else torch.zeros(entries, device=held.device).index_add_(0, owner, held.float()) > 0
-    return torch.where(held, 0, size), each.sum()
-
-
-def _info(norms: Tensor, flags: Tensor, at: Tensor, again: Tensor) -> Tensor:
-    """Rows of info for matrices without a block; flags (N, 2): NaN, inf."""
-    info = norms.new_zeros((norms.shape[0], INFO_COLUMNS))
-    for name in ("frob2", "amax"):
-        info[:, INFO[name]] = norms[:, NORMS[name]]
-    info[:, INFO["nan"]], info[:, INFO["inf"]] = flags.unbind(1)
-    info[:, INFO["reads"]] = 1.0 + again.double()
-    info[:, INFO["scale"]] = at.double()
-    info[:, INFO["done"]] = 1.0
-    return info
+    return info, bound, *withheld(held, moved_by, owner, len(states))

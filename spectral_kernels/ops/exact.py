@@ -33,5 +33,3 @@ def unit_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = power(torch.where(finite[:, None, None], A, 0), e[:, None, None])
     U, S, Vh = torch.linalg.svd(x, full_matrices=False)
     return U, S, Vh, e, finite
-
-

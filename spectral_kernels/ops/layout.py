@@ -30,6 +30,7 @@ class Layout:
     groups: int = 1
     num_heads: int | None = None
     split_sizes: tuple[int, ...] | None = None
+    flat: bool = False  # a matrix (shape[0], all the rest)
 
     def check(self, shape: Sequence[int], name: str = "parameter") -> None:
         """Raise ValueError where a parameter of this shape cannot be seen so."""
@@ -39,7 +40,7 @@ class Layout:
             raise ValueError(f"{name} of shape {tuple(shape)} cannot be of kind {self.kind!r}")
         if self.num_heads is not None and self.split_sizes is not None:
             raise ValueError(f"{name}: num_heads and split_sizes exclude each other")
-        rows = shape[-1 if self.transposed else -2] if self.kind == "matrix" else math.prod(shape)
+        rows = shape[0 if self.flat else -1 if self.transposed else -2] if self.kind == "matrix" else math.prod(shape)
         fits = self.kind == "matrix" or (self.kind == "vector" and self.num_heads is None and len(shape) == 1)
         if (self.num_heads is not None or self.split_sizes is not None) and not fits:
             raise ValueError(f"{name}: num_heads and split_sizes are for matrices, not for kind {self.kind!r}")
@@ -62,7 +63,7 @@ class Layout:
             out = flat.unflatten(0, (self.groups, -1))  # (g, out/g, in/g, K), or (g, in/g, out/g, K)
             four = out.permute(3, 0, 2, 1) if self.transposed else out.permute(3, 0, 1, 2)
             return _along_the_shorter(four)
-        matrix = W.mT if self.transposed else W
+        matrix = W.mT if self.transposed else W.view(W.shape[0], -1) if self.flat else W
         parts = [matrix] if self.split_sizes is None else matrix.split(list(self.split_sizes), -2)
         if self.num_heads is not None:
             return [x for part in parts for x in _stack(part.unflatten(-2, (self.num_heads, -1)))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,9 +18,11 @@ from .exact import amax
 
 METHODS = ("auto", "standard", "gram", "svd")
 NORMALIZERS = ("auto", "frobenius", "schatten4", "spectral")
-# method="auto": longer over shorter side from which iterating on the Gram matrix is faster. CPU: measured at
-# shorter sides from 64 to 2048; elsewhere by the count of operations.
-GRAM_ASPECT = {"cpu": 2.0}
+# Cost of a symmetric product in units of a whole one, for method="auto": half the tiles, and what it takes to mirror
+# them; on CPUs as measured (kernels/cpu_products.py), whole ones below 512.
+SYMMETRIC = 0.55
+SYMMETRIC_CPU = ((512, 0.8), (1, 1.0))
+GAIN = 0.95  # the Gram matrix is taken where it costs less than this share of the standard iteration
 SPECTRAL_TOL = 5e-3  # of the estimated norm; the margin by which it is raised is twice that
 CHUNK = 1 << 28  # entries of one call: what is computed on the way is a few times as large
 
@@ -33,6 +35,7 @@ class Recipe:
     method: str = "auto"
     normalizer: str = "auto"
     compute_dtype: torch.dtype | None = None
+    fast: bool = False  # float32 inputs in bfloat16 on GPUs
 
     @property
     def coefficients(self) -> list[float]:
@@ -44,21 +47,37 @@ class Recipe:
 
 
 def recipe(
-    schedule: Any, steps: int | None = None, method: str = "auto", normalizer: str = "auto", compute_dtype: Any = None
+    schedule: Any,
+    steps: int | None = None,
+    method: str = "auto",
+    normalizer: str = "auto",
+    compute_dtype: Any = None,
+    fast: bool = False,
 ) -> Recipe:
     """Check the arguments; ValueError naming what is known."""
     arguments.check_choice("method", method, METHODS)
     arguments.check_choice("normalizer", normalizer, NORMALIZERS)
     if compute_dtype is not None and compute_dtype not in arguments.FLOATS:
         raise ValueError(f"compute_dtype must be a float dtype, not {compute_dtype}")
-    return Recipe(schedules.schedule(schedule, steps), method, normalizer, compute_dtype)
+    return Recipe(schedules.schedule(schedule, steps), method, normalizer, compute_dtype, fast)
 
 
-def products_dtype(given: torch.dtype | None, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def plain(schedule: Any) -> Any:
+    """A schedule as a name or tuples of numbers, which are hashed, copied and stored as they are."""
+    if isinstance(schedule, schedules.Schedule):
+        return tuple(schedule.take(None).steps)
+    if isinstance(schedule, list | tuple):
+        return tuple(tuple(x) if isinstance(x, list | tuple) else x for x in schedule)
+    return schedule
+
+
+def products_dtype(made: Recipe, dtype: torch.dtype, device_type: str) -> torch.dtype:
     """What products are computed in: as asked for; else half inputs in their own dtype, but float32 on CPUs."""
-    if given is not None:
-        return given
-    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+    if made.compute_dtype is not None:
+        return made.compute_dtype
+    if device_type == "cpu":
+        return acc_dtype(dtype)
+    return torch.bfloat16 if made.fast and dtype == torch.float32 else dtype
 
 
 @lru_cache(maxsize=4096)
@@ -67,14 +86,25 @@ def _way(
 ) -> tuple[bool, tuple[int, ...]]:
     """(on the Gram matrix?, its restarts) for m <= n; ValueError where the schedule is not safe so."""
     if method == "auto":
-        wide = n >= GRAM_ASPECT.get(device_type, 1.5) * m
-        method = "gram" if wide and schedules.restarts_for(schedule, dtype) is not None else "standard"
+        points = schedules.restarts_for(schedule, dtype)
+        standard, gram = costs(len(schedule), len(points or ()), device_type, m, n)
+        method = "gram" if points is not None and gram < GAIN * standard else "standard"
     return method == "gram", schedules.checked(schedule, None, dtype, method, None).restarts
+
+
+def costs(steps: int, restarts: int, device_type: str, m: int, n: int) -> tuple[float, float]:
+    """Operations of the standard iteration and of that on the Gram matrix, in units of 2 m^3."""
+    half = next(cost for least, cost in SYMMETRIC_CPU if m >= least) if device_type == "cpu" else SYMMETRIC
+    aspect, parts = n / m, restarts + 1
+    standard = steps * (half * aspect + half + aspect)
+    # per part: its Gram matrix and product with X; Q but in its first step, R but after its last
+    gram = parts * (half * aspect + aspect) + half * (steps + (steps - parts) + 2 * (steps - parts))
+    return standard, gram
 
 
 def way(made: Recipe, x: Tensor) -> tuple[bool, tuple[int, ...], torch.dtype]:
     """(on the Gram matrix?, restarts, dtype of the products) for a stack with its shorter side first."""
-    dtype = products_dtype(made.compute_dtype, x.dtype, x.device)
+    dtype = products_dtype(made, x.dtype, x.device.type)
     return *_way(made.schedule, made.method, dtype, x.device.type, x.shape[1], x.shape[2]), dtype
 
 
@@ -123,10 +153,12 @@ def iterate(
     size: Tensor | None = None,
     decay: Tensor | None = None,
     skip: Tensor | None = None,
+    look: Callable[[list[int]], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The word newton_schulz for stacks with the shorter side first, one call per method and dtype, and chunk.
 
-    factor (N, 2) float64, P, size, decay, skip and the result as in kernels/contracts_products.py.
+    factor (N, 2) float64, P, size, decay, skip and the result as in kernels/contracts_products.py. look: gives the
+    matrices of these stacks that are meant instead of X, whose shapes and dtypes they have, when their turn has come.
     """
     rows, first = [], 0
     for x in X:
@@ -152,7 +184,8 @@ def iterate(
         rest = iter(picked[1:])
         options = [None if t is None else next(rest) for t in (size, decay, skip)]
         found, mine = words.newton_schulz(
-            [X[j] for j in members], picked[0], made.schatten4, made.coefficients, gram, list(restarts), dtype,
+            [X[j] for j in members] if look is None else look(members), picked[0],
+            made.schatten4, made.coefficients, gram, list(restarts), dtype,
             [P[j] for j in members] if P else [], *options,
         )  # fmt: skip
         for j, y in zip(members, found, strict=False):

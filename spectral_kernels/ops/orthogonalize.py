@@ -105,7 +105,7 @@ def _orthogonalize(
             parts = [_by_svd(a) for a in stacks]
             return [part for part, _ in parts], torch.cat([norm for _, norm in parts])
         made = Recipe(Schedule("given", tuple(triples(coefficients))), method, normalizer, compute_dtype)
-        dtype = newton_schulz.products_dtype(compute_dtype, stacks[0].dtype, stacks[0].device)
+        dtype = newton_schulz.products_dtype(made, stacks[0].dtype, stacks[0].device.type)
         X = [short_first(a) for a in stacks]
         scale, largest = norms(X, dtype)
         divisor = _divisor(X, scale, largest, normalizer, dtype, seed)

@@ -14,6 +14,7 @@ from ..kernels.composites import start_block
 from ..kernels.contracts import acc_dtype
 from .estimate import oriented, tracked
 from .layout import Layout
+from .newton_schulz import Recipe
 
 COLD_STEPS = 3  # the first steps of a parameter read as often as a cold estimate needs
 THRESHOLD_BLOCK = 32  # columns where a threshold does not say how many values exceed it
@@ -33,10 +34,13 @@ class Options:
     seed: int = 0
     rank: int | None = None  # clip at this singular value
     threshold: float | None = None  # or at this number
+    recipe: Recipe | None = None  # of an orthogonalization
+    ema: bool = False  # momentum M + (1 - momentum) G
 
     @property
     def alpha(self) -> float:
-        return -1.0 if self.maximize else 1.0
+        gain = 1.0 - self.momentum if self.ema else 1.0
+        return -gain if self.maximize else gain
 
     def columns(self, M: Sequence[Tensor]) -> int:
         """Width of the block of a parameter with these stacks."""
@@ -63,6 +67,10 @@ def is_tracked(layout: Layout, stacks: Sequence[Tensor], direction: str) -> bool
     if layout.kind not in ("matrix", "conv") or direction not in ("normalize", "clip"):
         return False
     return any(min(s.shape[1:]) > (direction == "normalize") for s in stacks)
+
+
+def is_orthogonalized(layout: Layout, direction: str) -> bool:
+    return direction == "orthogonalize" and layout.kind in ("matrix", "conv")
 
 
 def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Options, dtype: torch.dtype | None) -> None:

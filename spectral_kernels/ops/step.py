@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from . import arguments
 from .arguments import check_choice
 from .engine import Entry, take
 from .layout import Layout
+from .newton_schulz import Recipe, plain, recipe
 from .retract import retract_
+from .schedules import checked
 from .state import Options, direction_of, prepare
 
-DIRECTIONS = ("normalize", "clip", "frobenius")
+DIRECTIONS = ("normalize", "clip", "orthogonalize", "frobenius")
 NONFINITE = ("skip", "strict", "propagate")
 SAFETY = ("upper",)
 MOST_COLUMNS = 128  # of a block that is asked for
@@ -35,6 +38,7 @@ def check_options(
     block: Any,
     rank: Any = None,
     threshold: Any = None,
+    schedule: Any = None,
     momentum_dtype: Any = None,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, what was given and what is allowed."""
@@ -52,6 +56,8 @@ def check_options(
         check_choice("safety", safety, SAFETY)
     check_choice("nonfinite", nonfinite, NONFINITE)
     _check_clip(direction, rank, threshold, safety)
+    if schedule is not None and direction != "orthogonalize":
+        raise ValueError(f"schedule goes with direction='orthogonalize', not with {direction!r}")
     if block is not None:
         arguments.check_int("block", block, 2 if rank is None else max(2, rank), MOST_COLUMNS)
     if momentum_dtype is not None and momentum_dtype not in arguments.FLOATS:
@@ -59,6 +65,8 @@ def check_options(
 
 
 def _check_clip(direction: str, rank: Any, threshold: Any, safety: Any) -> None:
+    if safety is not None and direction in ("clip", "orthogonalize"):
+        raise ValueError(f"safety={safety!r} goes with direction='normalize', not with {direction!r}")
     if direction != "clip":
         for name, value in (("rank", rank), ("threshold", threshold)):
             if value is not None:
@@ -71,8 +79,18 @@ def _check_clip(direction: str, rank: Any, threshold: Any, safety: Any) -> None:
         arguments.check_int("rank", rank, 1, None)
     else:
         arguments.check_number("threshold", threshold, 0.0, above=True)
-    if safety is not None:
-        raise ValueError(f"safety={safety!r} goes with direction='normalize', not with 'clip'")
+
+
+def recipe_of(direction: str, schedule: Any) -> Recipe | None:
+    """How an update is orthogonalized, None for other directions; ValueError where the schedule is not safe."""
+    return _recipe(plain(schedule)) if direction == "orthogonalize" else None
+
+
+@lru_cache(maxsize=64)
+def _recipe(schedule: Any) -> Recipe:
+    made = recipe("polar_express" if schedule is None else schedule, fast=True)
+    checked(made.schedule, None, torch.float32, "standard", None)
+    return made
 
 
 def check_rate(name: str, value: Any) -> None:
@@ -130,6 +148,7 @@ def spectral_step_(
     direction: str = "normalize",
     rank: int | None = None,
     threshold: float | None = None,
+    schedule: Any = None,
     rule: str | float = "rms_to_rms",
     weight_decay: float | Tensor = 0.0,
     num_heads: int | None = None,
@@ -150,7 +169,8 @@ def spectral_step_(
     W, G: tensors (..., m, n) = (..., fan_out, fan_in) or lists of such, one device per list; every matrix has its own
     norm. direction: "normalize" divides by the spectral norm (Eq. 17), "frobenius" by the Frobenius norm; "clip" puts
     D = sum of min(sigma_i / tau, 1) u_i v_i' in the place of M / ||M||, tau the singular value number `rank` (1 to
-    min(m, n): from Eq. 17 to the polar factor) or `threshold` (docs/clip.md). rule:
+    min(m, n): from Eq. 17 to the polar factor) or `threshold` (docs/clip.md); "orthogonalize" puts
+    U f(S) V' there, by `schedule`, "polar_express" if None (docs/orthogonalize.md). rule:
     "rms_to_rms" = sqrt(m / n), "original", "match_rms_adamw", "none", or a number. nesterov: M + the look-ahead
     momentum M + G. num_heads, split_sizes: blocks of rows that are matrices of their own. retract: afterwards every
     matrix is set to this spectral norm (a number or a rule). safety="upper" divides by an upper bound of the norm that
@@ -171,7 +191,7 @@ def spectral_step_(
         raise ValueError(f"{len(weights)} weights, {len(grads)} gradients and {len(states)} states do not match")
     check_options(
         momentum=momentum, direction=direction, rule=rule, safety=safety, retract=retract, nonfinite=nonfinite,
-        block=block, rank=rank, threshold=threshold, momentum_dtype=momentum_dtype,
+        block=block, rank=rank, threshold=threshold, schedule=schedule, momentum_dtype=momentum_dtype,
     )  # fmt: skip
     check_rate("lr", lr)
     check_rate("weight_decay", weight_decay)
@@ -180,6 +200,7 @@ def spectral_step_(
     options = Options(
         float(momentum), nesterov, direction_of(direction, rank), maximize, nonfinite == "propagate",
         safety == "upper", block, seed, rank, None if threshold is None else float(threshold),
+        recipe_of(direction, schedule),
     )  # fmt: skip
     names = [f"W[{i}]" if is_list else "W" for i in range(len(weights))]
     for name, w, g in zip(names, weights, grads, strict=True):

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from .groups import ParamGroups as ParamGroups
     from .groups import describe as describe
     from .groups import param_groups as param_groups
+    from .muon import Muon as Muon
     from .spectral import SpectralOptimizer as SpectralOptimizer
 
 _PUBLIC = {
     "SpectralOptimizer": ".spectral",
+    "Muon": ".muon",
     "param_groups": ".groups",
     "ParamGroups": ".groups",
     "describe": ".groups",

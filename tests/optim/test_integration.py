@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 import spectral_kernels as sk
-from spectral_kernels.ops import engine
+from spectral_kernels.ops import engine, passes
 from spectral_kernels.ops.state import COLD_STEPS
 from spectral_kernels.optim import SpectralOptimizer, param_groups
 from tests.optim.test_spectral import parameter, spectral
@@ -273,9 +273,9 @@ OPTIONS = [
 def on_meta(monkeypatch):
     """Parameters on the meta device go the way of a GPU's, and hold no numbers that the host could ask for."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *args: self)
-    engine._constant.cache_clear()
+    passes.constant.cache_clear()
     yield
-    engine._constant.cache_clear()
+    passes.constant.cache_clear()
 
 
 def steps_on_meta(options):
