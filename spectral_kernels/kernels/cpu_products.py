@@ -147,33 +147,72 @@ def newton_schulz(
     decay: Tensor | None,
     skip: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Large matrices one after the other, stacks of small ones whole: what is at work fits the caches if it can."""
+    """Large matrices one after the other, small ones of a shape in one batch: what is at work fits caches if it can."""
     plan = _Plan(triples(coefficients), schatten4, gram, frozenset(restarts), dtype)
     out = [] if P else [like(x, dtype) for x in X]
     factors = factor.tolist()
     gone = [False] * len(factors) if skip is None else skip.tolist()
     sizes = [0.0] * len(factors) if size is None else size.tolist()
     decays = [0.0] * len(factors) if decay is None else decay.tolist()
-    first = 0
-    for j, x in enumerate(X):
-        for i in range(x.shape[0]) if _apart(x) else (None,):
-            one, k = (x, x.shape[0]) if i is None else (x[i], 1)
-            rows = range(first + (i or 0), first + (i or 0) + k)
-            if all(gone[r] for r in rows):
-                continue
-            y, total, lead, left = plan.run(one, [factors[r] for r in rows])
-            for r, number in zip(rows, total, strict=True):
-                factors[r] = [factors[r][0], number]
+    for one, places in _units(X):
+        rows = [row for row, _, _ in places]
+        if all(gone[row] for row in rows):
+            continue
+        y, total, lead, Q = plan.run(one, [factors[row] for row in rows])
+        for row, number in zip(rows, total, strict=True):
+            factors[row] = [factors[row][0], number]
+        if one.ndim == 2:
+            ((row, j, i),) = places
+            if P:
+                _update(P[j][i], Q, y, sizes[row] * lead[0], decays[row])
+            else:
+                _product(_scaled(Q, lead), y, out[j][i])
+            continue
+        result = _product(_scaled(Q, lead), y, like(one, dtype))
+        at = 0
+        while at < len(places):  # stack by stack
+            row, j, _ = places[at]
+            k = X[j].shape[0]
+            mine, own = result[at : at + k], slice(row, row + k)
+            at += k
             if not P:
-                _product(_scaled(left, lead), y, out[j] if i is None else out[j][i])
+                out[j].copy_(mine)
                 continue
-            for r in rows:
-                if not gone[r]:
-                    at = r - first
-                    mine = (left, y) if i is not None else (left[at], y[at])
-                    _update(P[j][at], *mine, sizes[r] * lead[r - rows[0]], decays[r])
-        first += x.shape[0]
+            if not any(gone[own]) and len(set(sizes[own])) == 1 == len(set(decays[own])):
+                _combine(P[j], mine, sizes[row], decays[row])
+                continue
+            for i in range(k):
+                if not gone[row + i]:
+                    _combine(P[j][i], mine[i], sizes[row + i], decays[row + i])
     return out, torch.tensor(factors, dtype=torch.float64).view(-1, 2)
+
+
+def _units(X: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
+    """(matrix or stack, (row, number of the stack in X, number in the stack) of its matrices)."""
+    small: dict[tuple[int, int], list[int]] = {}
+    first: list[int] = []
+    for j, x in enumerate(X):
+        first.append(first[-1] + X[j - 1].shape[0] if j else 0)
+        if x.shape[1] >= MATRIX_BY_MATRIX:
+            for i in range(x.shape[0]):
+                yield x[i], [(first[j] + i, j, i)]
+        elif x.shape[0]:
+            small.setdefault((x.shape[1], x.shape[2]), []).append(j)
+    for members in small.values():
+        places = [(first[j] + i, j, i) for j in members for i in range(X[j].shape[0])]
+        if len(places) == 1:
+            yield X[members[0]][0], places
+        else:
+            yield X[members[0]] if len(members) == 1 else torch.cat([X[j] for j in members]), places
+
+
+def _combine(P: Tensor, D: Tensor, size: float, decay: float) -> None:
+    """P <- (1 - decay) P - size D."""
+    if P.dtype == D.dtype:
+        P.mul_(1 - decay).add_(D, alpha=-size)
+    else:
+        wide = torch.promote_types(P.dtype, D.dtype)
+        P.copy_((D.to(wide) * -size).add_(P.to(wide), alpha=1 - decay))
 
 
 def _update(P: Tensor, Q: Tensor, X: Tensor, size: float, decay: float) -> None:
@@ -181,8 +220,7 @@ def _update(P: Tensor, Q: Tensor, X: Tensor, size: float, decay: float) -> None:
     if P.dtype == Q.dtype:
         P.addmm_(Q, X, beta=1 - decay, alpha=-size)
     else:
-        wide = torch.promote_types(P.dtype, Q.dtype)
-        P.copy_(torch.mm(Q, X).to(wide).mul_(-size).add_(P.to(wide), alpha=1 - decay))
+        _combine(P, torch.mm(Q, X), size, decay)
 
 
 def _scaled(A: Tensor, factors: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import registry
-from ..kernels.composites import safe_scale
+from ..kernels.composites import SAFE_EXPONENT, safe_scale
 from ..kernels.contracts import acc_dtype
 from . import arguments, schedules
 from .exact import amax
@@ -21,9 +21,10 @@ NORMALIZERS = ("auto", "frobenius", "schatten4", "spectral")
 # Cost of a symmetric product in units of a whole one, for method="auto": half the tiles, and what it takes to mirror
 # them; on CPUs as measured (kernels/cpu_products.py), whole ones below 512.
 SYMMETRIC = 0.55
-SYMMETRIC_CPU = ((512, 0.8), (1, 1.0))
+SYMMETRIC_CPU, LEAST_HALVED = 0.8, 512
 GAIN = 0.95  # the Gram matrix is taken where it costs less than this share of the standard iteration
 SPECTRAL_TOL = 5e-3  # of the estimated norm; the margin by which it is raised is twice that
+SAFE = 2.0 ** -SAFE_EXPONENT[torch.float32], 2.0 ** SAFE_EXPONENT[torch.float32]
 CHUNK = 1 << 28  # entries of one call: what is computed on the way is a few times as large
 
 
@@ -94,8 +95,10 @@ def _way(
 
 def costs(steps: int, restarts: int, device_type: str, m: int, n: int) -> tuple[float, float]:
     """Operations of the standard iteration and of that on the Gram matrix, in units of 2 m^3."""
-    half = next(cost for least, cost in SYMMETRIC_CPU if m >= least) if device_type == "cpu" else SYMMETRIC
-    aspect, parts = n / m, restarts + 1
+    half = SYMMETRIC
+    if device_type == "cpu":
+        half = 1.0 if m < LEAST_HALVED else SYMMETRIC_CPU
+    aspect, parts = n / max(m, 1), restarts + 1
     standard = steps * (half * aspect + half + aspect)
     # per part: its Gram matrix and product with X; Q but in its first step, R but after its last
     gram = parts * (half * aspect + aspect) + half * (steps + (steps - parts) + 2 * (steps - parts))
@@ -116,6 +119,8 @@ def short_first(x: Tensor) -> Tensor:
 def norms(stacks: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(N,) float64 powers of two that bring every matrix into a safe window, and largest entries, NaN and inf kept."""
     largest = torch.cat([amax(x) for x in stacks])
+    if dtype != torch.float16 and bool_on_host((largest > SAFE[0]) & (largest < SAFE[1])):
+        return torch.ones_like(largest), largest  # the usual case, without the small operations below
     scale = safe_scale(largest, torch.float32 if dtype != torch.float64 else dtype)
     if dtype == torch.float16:  # its own window is narrow: always to amax near 1
         usable = torch.isfinite(largest) & (largest > 0)

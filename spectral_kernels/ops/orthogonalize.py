@@ -110,15 +110,16 @@ def _orthogonalize(
         scale, largest = norms(X, dtype)
         divisor = _divisor(X, scale, largest, normalizer, dtype, seed)
         out, used = iterate(made, X, torch.stack((scale, inverse(divisor)), 1))
-        bad = ~torch.isfinite(largest)
-        found = 1 / used[:, 0] / used[:, 1]
-        norm = torch.where(bad | (largest == 0), largest, found)
-        poisoned = bool(bad.any()) if bad.device.type == "cpu" else True
+        norm = 1 / used[:, 0] / used[:, 1]
+        usual = torch.isfinite(largest) & (largest > 0)
+        bad: Tensor | None = None
+        if not newton_schulz.bool_on_host(usual):
+            bad, norm = ~torch.isfinite(largest), torch.where(usual, norm, largest)
         results, first = [], 0
         for a, x, y in zip(stacks, X, out, strict=True):
             k = a.shape[0]
             y = y.to(a.dtype)
-            if poisoned:
+            if bad is not None:
                 y = y.masked_fill(bad[first : first + k, None, None], torch.nan)
             results.append((y if x is a else y.mT).contiguous())
             first += k
