@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .description import Description as Description
     from .groups import ParamGroups as ParamGroups
     from .groups import describe as describe
+    from .groups import muon_groups as muon_groups
     from .groups import param_groups as param_groups
     from .muon import Muon as Muon
     from .spectral import SpectralOptimizer as SpectralOptimizer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "SpectralOptimizer": ".spectral",
     "Muon": ".muon",
+    "muon_groups": ".groups",
     "param_groups": ".groups",
     "ParamGroups": ".groups",
     "describe": ".groups",

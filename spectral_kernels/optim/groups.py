@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,6 +124,51 @@ def param_groups(
         group["params"].append((entry.name, parameter) if named else parameter)
         names.setdefault(key, []).append(entry.name)
         rows.append(Row(entry.name, tuple(parameter.shape), role, factor, float(rate) * factor))
+    return ParamGroups(groups.values(), describe_parameters(rows, skipped), sum(names.values(), []))
+
+
+def muon_groups(
+    model: nn.Module,
+    *,
+    adamw: Collection[str] = (),
+    overrides: Overrides | None = None,
+    named: bool = False,
+    **adamw_options: Any,
+) -> ParamGroups:
+    """Groups for `Muon`: matrices and convolutions, and with algorithm="adamw" embeddings, vectors and what is named.
+
+    adamw: name patterns (fnmatch) of matrices that AdamW is to have, such as the readout. adamw_options: of its group
+    (lr, weight_decay, betas, adamw_eps). overrides, named: as in param_groups. num_heads, split_sizes and
+    transposed storage become options of the groups; frozen and empty parameters are left out, shared ones come once.
+    """
+    if isinstance(adamw, str):
+        raise TypeError("adamw must be a collection of name patterns, not str")
+    if "lr" in adamw_options:
+        arguments.check_number("lr", adamw_options["lr"], 0.0)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    names: dict[tuple[Any, ...], list[str]] = {}
+    rows, skipped, used = [], [], set()
+    for entry in named_roles(model, overrides):
+        parameter, role = entry.parameter, entry.role
+        reason = _left_out(entry, KINDS)
+        if reason:
+            skipped.append(Skipped(entry.name, tuple(parameter.shape), reason))
+            continue
+        matched = [pattern for pattern in adamw if fnmatchcase(entry.name, pattern)]
+        used.update(matched)
+        options: dict[str, Any] = {"algorithm": "adamw", **adamw_options}
+        if role.kind in ("matrix", "conv") and not matched:
+            options = {"algorithm": "muon"}
+            options |= {k: v for k, v in role.options().items() if k in ("transposed", "num_heads", "split_sizes")}
+        key = tuple((k, str(v)) for k, v in sorted(options.items()))
+        groups.setdefault(key, {"params": [], **options})["params"].append(
+            (entry.name, parameter) if named else parameter
+        )
+        names.setdefault(key, []).append(entry.name)
+        rows.append(Row(entry.name, tuple(parameter.shape), role, 1.0, float(options.get("lr", math.nan))))
+    for pattern in adamw:
+        if pattern not in used:
+            raise ValueError(f"adamw: {pattern!r} matches no parameter")
     return ParamGroups(groups.values(), describe_parameters(rows, skipped), sum(names.values(), []))
 
 

@@ -34,7 +34,7 @@ class Muon(Stepper):
     3-D a stack of matrices, 4-D and more a convolution (out, in / groups, *kernel), taken as the matrix
     (out, in * kernel), or, with flatten=False, as one matrix per kernel position (their update divided by the number of
     positions); flatten=True: a stack as one matrix too. num_heads, split_sizes: blocks of rows that are matrices of
-    their own, as views.
+    their own, as views; transposed: stored (fan_in, fan_out). `optim.muon_groups(model)` reads all this off a model.
     momentum_kind: "ema" M <- momentum M + (1 - momentum) G as torch, or "heavy_ball" M <- momentum M + G.
     ns_coefficients, ns_steps: one triple, repeated; schedule: a name, Schedule or triples in their place
     (sk.schedules). method, normalizer, compute_dtype as in sk.orthogonalize; normalizer is torch's by default,
@@ -72,6 +72,7 @@ class Muon(Stepper):
         flatten: bool | None = None,
         num_heads: int | None = None,
         split_sizes: Sequence[int] | None = None,
+        transposed: bool = False,
         retract: str | float | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
@@ -87,6 +88,7 @@ class Muon(Stepper):
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
             "schedule": plain(schedule), "method": method, "normalizer": normalizer, "compute_dtype": compute_dtype,
             "momentum_kind": momentum_kind, "flatten": flatten, "num_heads": num_heads, "split_sizes": split_sizes,
+            "transposed": transposed,
             "retract": retract, "maximize": maximize, "nonfinite": nonfinite, "algorithm": algorithm, "betas": betas,
             "adamw_eps": adamw_eps, "seed": 0,
         }  # fmt: skip
@@ -145,12 +147,12 @@ class Muon(Stepper):
         if p.ndim < 2:
             return Layout("vector")
         return Layout(
-            "matrix" if flat else kind, num_heads=group["num_heads"],
+            "matrix" if flat else kind, transposed=bool(group["transposed"]) and not flat, num_heads=group["num_heads"],
             split_sizes=None if split is None else tuple(split), flat=bool(flat),
         )  # fmt: skip
 
     def _role(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["flatten"], group["num_heads"], str(group["split_sizes"])
+        return group["flatten"], group["num_heads"], str(group["split_sizes"]), group["transposed"]
 
     def _rule(self, group: dict[str, Any]) -> str | float:
         return group["adjust_lr_fn"] or "original"
