@@ -9,14 +9,16 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from spectral_kernels import diagnostics
-from spectral_kernels.optim import SpectralOptimizer
+from spectral_kernels.optim import Muon, SpectralOptimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([\w./-]+\.md)\)")
 PAGES = ["optimizer.md"]
+LINKED = [*PAGES, "orthogonalize.md", "muon.md"]
 
 
 class Logged(list):
@@ -56,7 +58,36 @@ def test_the_examples_run(page, loggers, tmp_path, monkeypatch, capsys):
     assert "fan_out" in printed and printed.count("\n") > 8
 
 
-@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_orthogonalization_run(capsys):
+    text = (ROOT / "docs" / "orthogonalize.md").read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python") == 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], "orthogonalize.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "flips the sign" in printed and "diverges" in printed and "hold together" in printed
+
+
+def test_the_examples_of_muon_run():
+    text = (ROOT / "docs" / "muon.md").read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python") == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], "muon.md", "exec"), names)
+
+
+def test_the_options_of_muon_are_all_explained():
+    text = (ROOT / "docs" / "muon.md").read_text(encoding="utf-8")
+    beyond = set(inspect.signature(Muon).parameters) - set(inspect.signature(torch.optim.Muon).parameters)
+    rows = [line.split("|")[1] for line in text.split("## Options")[1].splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == beyond | {"adjust_lr_fn"}
+
+
+@pytest.mark.parametrize("page", LINKED)
 def test_links_lead_somewhere(page):
     targets = LINK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
     assert targets

@@ -73,6 +73,7 @@ class Problem:
     missing: dict[str, str] = field(default_factory=dict)  # rivals that cannot run or do not reach the accuracy
     bytes: float = 0.0
     flops: float = 0.0
+    work: dict[str, float] = field(default_factory=dict)  # providers whose operations are counted, ours included
     reads: float | None = None
     factors: dict[str, float] = field(default_factory=dict)  # our bytes over the rival's, for shares
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 
-RIVALS = ("scipy", "numpy", "triton")
+RIVALS = ("scipy", "numpy", "triton", "heavyball", "pytorch-optimizer", "gram-newton-schulz")
 
 
 def cores() -> int:

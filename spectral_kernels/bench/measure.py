@@ -135,6 +135,10 @@ def measure(
                 share_of_ceiling=rounded(share),
                 ceiling=unit,
             )
+            if rival in problem.work:
+                took = spread(samples[rival]).median
+                rate = problem.work[rival] / took / ceiling["gemm_flop_per_s"]
+                record.update(rival_flops=problem.work[rival], rival_share_of_ceiling=rounded(rate))
         out.append(record)
     return out
 

@@ -18,7 +18,7 @@ from ..kernels.composites_step import clipped_step_, hold_back, tracked_step_
 from ..kernels.contracts import INFO, NORMS, acc_dtype
 from .estimate import full_precision, oriented
 from .layout import Layout
-from .newton_schulz import short_first
+from .newton_schulz import short_first, way
 from .passes import Bucket, common, constant, normed, orthogonalized, withheld
 from .state import Options, is_cold, is_orthogonalized, is_tracked
 
@@ -146,6 +146,9 @@ def seat(entry: Entry, options: Options) -> Seat:
     P, M = layout.stacks(p), layout.buffer_stacks(m)
     tracked = "block" in state and is_tracked(layout, M, options.direction)
     orthogonal = is_orthogonalized(layout, options.direction)
+    if orthogonal and options.recipe is not None:
+        for x in M:  # a schedule that is not safe in the dtype of these products is refused before anything moves
+            way(options.recipe, short_first(x))
     count = sum(x.shape[0] for x in M)
     sides = [oriented(x) if tracked else short_first(x) if orthogonal else x for x in M]
     turned = [side.stride() != x.stride() or side.shape != x.shape for side, x in zip(sides, M, strict=True)]

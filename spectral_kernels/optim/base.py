@@ -139,6 +139,7 @@ class Stepper(Optimizer):
                 else:
                     self._check(group)  # its options may have been changed
                     layout = self.layout_of(group, p)
+                    layout.check(p.shape, name_of(group, i))
                     factors = layout.factors(p.shape, rule)
                     entry = Entry(p, grad, state, layout, factors, lr, decay, made_for=roles)
                 entries.append(entry)
@@ -173,18 +174,19 @@ class Stepper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but nothing is loaded where a shape differs, and the state keeps its dtypes bit for bit."""
         final: dict[str, Any] = {}
+        own: list[dict[str, Any]] = []
 
         def look(_: Optimizer, given: dict[str, Any]) -> None:
             self._check_loaded(given)
             final.update(given)
+            own[:] = map(self._own, self.param_groups, given["param_groups"])
 
-        mine_stay = [{key: group[key] for key in self._followed} for group in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(look)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for group, kept in zip(self.param_groups, mine_stay, strict=True):
+        for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept)
         numbers = [i for group in final["param_groups"] for i in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
@@ -194,6 +196,11 @@ class Stepper(Optimizer):
                     device = self._device_of(key, p)
                     self.state[p][key] = value.detach().to(device, copy=True)
 
+    def _own(self, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """Options that a group keeps when `saved` is loaded: those it follows, and those that `saved` does not have."""
+        mine = (key for key in self.defaults if key in group)
+        return {key: group[key] for key in mine if key in self._followed or key not in saved}
+
     def _check_loaded(self, given: dict[str, Any]) -> None:
         groups, saved = self.param_groups, given["param_groups"]
         if len(groups) != len(saved):
@@ -201,13 +208,14 @@ class Stepper(Optimizer):
         for group, other in zip(groups, saved, strict=True):
             for i, (p, number) in enumerate(zip(group["params"], other["params"], strict=False)):
                 state = given["state"].get(number, {})
-                buffer = state.get("momentum_buffer")
-                wanted = self.layout_of(group, p).buffer_shape(p.shape)
-                if buffer is not None and tuple(buffer.shape) != wanted:
-                    raise ValueError(
-                        f"the checkpoint's momentum_buffer of {name_of(group, i)} has shape {tuple(buffer.shape)}, "
-                        f"this parameter needs {wanted}; nothing was loaded"
-                    )
+                wanted = {"momentum_buffer": self.layout_of(group, p).buffer_shape(p.shape)}
+                wanted |= {key: tuple(p.shape) for key in ("exp_avg", "exp_avg_sq")}
+                for key, shape in wanted.items():
+                    if key in state and tuple(state[key].shape) != shape:
+                        raise ValueError(
+                            f"the checkpoint's {key} of {name_of(group, i)} has shape {tuple(state[key].shape)}, "
+                            f"this parameter needs {shape}; nothing was loaded"
+                        )
 
     @property
     def skipped(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,11 +15,11 @@ from torch.optim.adamw import adamw
 from .. import scaling
 from ..ops import arguments, newton_schulz
 from ..ops.engine import Entry, Outcome
-from ..ops.layout import Layout, kind_of
+from ..ops.layout import Layout
 from ..ops.newton_schulz import Recipe, plain
 from ..ops.schedules import checked
 from ..ops.state import Options
-from ..ops.step import NONFINITE, check_gradient, check_rate
+from ..ops.step import NONFINITE, check_gradient, check_rate, guard
 from .base import Stepper, count, name_of, total
 
 ALGORITHMS = ("muon", "adamw")
@@ -45,12 +46,13 @@ class Muon(Stepper):
     weight_decay, betas and adamw_eps; its parameters may have any shape.
     retract: afterwards every matrix is set to this spectral norm (a number or a rule), as MuonSphere does. nonfinite:
     a matrix whose gradient or momentum is not finite stays ("skip", "strict"), or becomes NaN as in torch
-    ("propagate"); of AdamW's parameters all of a step stay then. error_if_nonfinite: RuntimeError before anything
-    changes. Gradients are never written to. Nothing waits for a GPU, but for error_if_nonfinite and retract.
+    ("propagate"); of a group for AdamW all parameters stay then (of one device and dtype). error_if_nonfinite:
+    RuntimeError before anything changes. Gradients are never written to. Nothing waits for a GPU, but for
+    error_if_nonfinite and retract.
     """
 
     _kept = (*Stepper._kept, "_orthogonalized")
-    _followed = ("method", "normalizer", "compute_dtype")
+    _followed = ("method", "normalizer", "compute_dtype", "algorithm")
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class Muon(Stepper):
     def _check(self, group: dict[str, Any]) -> None:
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        for name, words in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight_decay")):
+        for name, words in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
             value = group[name]
             if isinstance(value, numbers.Real) and not 0.0 <= float(value):
                 raise ValueError(f"{words} should be >= 0 but is: {value}")
@@ -142,10 +144,10 @@ class Muon(Stepper):
     def layout_of(self, group: dict[str, Any], p: Tensor) -> Layout:
         if group["algorithm"] != "muon":
             return Layout("vector")
-        kind, flatten, split = kind_of(p.shape), group["flatten"], group["split_sizes"]
-        flat = p.ndim > 2 and (flatten if flatten is not None else kind == "conv")
         if p.ndim < 2:
             return Layout("vector")
+        kind, flatten, split = "matrix" if p.ndim < 4 else "conv", group["flatten"], group["split_sizes"]
+        flat = p.ndim > 2 and (flatten if flatten is not None else kind == "conv")
         return Layout(
             "matrix" if flat else kind, transposed=bool(group["transposed"]) and not flat, num_heads=group["num_heads"],
             split_sizes=None if split is None else tuple(split), flat=bool(flat),
@@ -177,20 +179,41 @@ class Muon(Stepper):
         """() int64 on the device: matrices orthogonalized so far; zero ones and those held back do not count."""
         return total(self._orthogonalized)
 
+    def _own(self, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        own = super()._own(group, saved)
+        if group["algorithm"] == "adamw" and "adamw_eps" not in saved and "eps" in saved:
+            own["adamw_eps"] = saved["eps"]  # a group of torch.optim.AdamW
+        return own
+
+    def _check_loaded(self, given: dict[str, Any]) -> None:
+        super()._check_loaded(given)
+        for group, saved in zip(self.param_groups, given["param_groups"], strict=False):
+            if group["algorithm"] == "adamw" and saved.get("amsgrad"):
+                raise ValueError("the checkpoint's AdamW has amsgrad=True, which is not served; nothing was loaded")
+
     @torch._disable_dynamo
     def _step(self) -> None:
+        plain = [(group, self._members(group)) for group in self.param_groups if group["algorithm"] == "adamw"]
         super()._step()
-        for group in self.param_groups:
-            if group["algorithm"] == "adamw":
-                self._adamw(group)
+        for group, members in plain:
+            self._adamw(group, members)
 
-    def _adamw(self, group: dict[str, Any]) -> None:
+    def _members(self, group: dict[str, Any]) -> list[Tensor]:
+        """Parameters of a group for AdamW that have a gradient; raises before anything moves."""
+        entries, names = [], []
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None and p.numel():
+                names.append(name_of(group, i))
+                check_gradient(p, p.grad, type(self).__name__, names[-1])
+                entries.append(Entry(p, p.grad, {}, Layout("vector"), (), 0.0, 0.0))
+        guard(entries, names, "skip", self.error_if_nonfinite)
+        return [entry.param for entry in entries]
+
+    def _adamw(self, group: dict[str, Any], members: Sequence[Tensor]) -> None:
         """One step of AdamW, torch's own; the state is that of torch.optim.AdamW."""
         lists: dict[Any, list[tuple[Tensor, ...]]] = {}
-        for i, p in enumerate(group["params"]):
-            if p.grad is None or p.numel() == 0:
-                continue
-            check_gradient(p, p.grad, type(self).__name__, name_of(group, i))
+        for p in members:
+            assert p.grad is not None
             state = self.state[p]
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -198,19 +221,20 @@ class Muon(Stepper):
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
             moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
             lists.setdefault((p.device, p.dtype), []).append((p, p.grad, *moments))
-        for (device, _), members in lists.items():
-            params, grads, means, squares, steps = map(list, zip(*members, strict=True))
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            lr = lr.float()  # the only dtype of torch's fused kernels
+        for tensors in lists.values():
+            params, grads, means, squares, steps = map(list, zip(*tensors, strict=True))
             found = None
             if group["nonfinite"] != "propagate":
-                norms = torch.stack(torch._foreach_norm(grads, float("inf")))
-                bad = ~torch.isfinite(norms)
-                found = bad.any().float()
-                count(self._skipped, torch.where(bad.any(), len(params), 0))
-            lr = group["lr"]
+                bad = ~torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf))).all()
+                found = bad.float()
+                count(self._skipped, bad.long() * len(params))
             adamw(
                 params, grads, means, squares, [], steps, fused=True, amsgrad=False, beta1=group["betas"][0],
-                beta2=group["betas"][1], lr=lr.to(device) if isinstance(lr, Tensor) else lr,
-                weight_decay=group["weight_decay"], eps=group["adamw_eps"], maximize=group["maximize"], found_inf=found,
+                beta2=group["betas"][1], lr=lr, weight_decay=group["weight_decay"], eps=group["adamw_eps"],
+                maximize=group["maximize"], found_inf=found,
             )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def test_all_parts_over_the_interpreter(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     statuses = {(o["part"], o["check"]): o["status"] for o in checks["outcomes"]}
     assert set(statuses.values()) == {"passed"}
-    assert {part for part, _ in statuses} == {"tests", "host", "G1", "G2", "G7", "G3"}
+    assert {part for part, _ in statuses} == {"tests", "host", "G1", "G2", "G7", "G4", "G5", "G3"}
     assert ("host", "graph replay equals the eager call: ragged list") in statuses
     assert {r["row"] for r in files["gram_matvec"]} == {"G1"} and {r["row"] for r in files["norm"]} == {"G3"}
     assert [(r["row"], r["case"]) for r in files["step"]] == [
@@ -50,7 +50,14 @@ def test_all_parts_over_the_interpreter(tmp_path):
         ("G7", "tiny, matrices fp32, clip 4, captured"),
         ("G7", "tiny, matrices fp32, clip 4, captured"),  # against AdamW, against Muon
     ]
-    assert {r["status"] for records in files.values() for r in records} == {"ok"}
+    assert {(r["row"], r["rival"]) for r in files["orthogonalize"]} == {
+        ("G4", "torch.compile of plain torch"),
+        ("G5", "torch.compile of plain torch"),
+        ("G5", "gram-newton-schulz"),
+    }
+    without = {r["rival"] for records in files.values() for r in records if r["status"] == "no rival"}
+    assert without <= {"gram-newton-schulz"}  # where it is not installed
+    assert {r["status"] for records in files.values() for r in records if r["rival"] not in without} == {"ok"}
     assert checks["environment"]["rehearsal"] is True
 
 
@@ -66,6 +73,8 @@ def test_a_failing_test_and_a_short_deadline_are_failures(tmp_path):
         "G1": "not run",
         "G2": "not run",
         "G7": "not run",
+        "G4": "not run",
+        "G5": "not run",
         "G3": "not run",
     }
 

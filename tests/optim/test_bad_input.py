@@ -224,7 +224,11 @@ def test_lists_on_two_devices_are_refused():
         ({"momentum": -0.1}, ValueError, r"momentum must lie in \[0, 1\)"),
         ({"momentum": math.nan}, ValueError, r"momentum must lie in \[0, 1\)"),
         ({"momentum": True}, TypeError, "momentum must be a number, not bool"),
-        ({"direction": "sign"}, ValueError, "direction must be one of 'normalize', 'clip', 'orthogonalize', 'frobenius', not 'sign'"),
+        (
+            {"direction": "sign"},
+            ValueError,
+            "direction must be one of 'normalize', 'clip', 'orthogonalize', 'frobenius', not 'sign'",
+        ),
         ({"direction": "clip"}, ValueError, "one of rank and threshold, neither given"),
         ({"direction": "clip", "rank": 4, "threshold": 1.0}, ValueError, "rank=4 and threshold=1.0 given"),
         ({"direction": "clip", "rank": 0}, ValueError, "rank must be at least 1, not 0"),

@@ -1,4 +1,4 @@
-"""SpectralOptimizer under the generic tests of torch's own optimizers, over torch.testing's optimizer database."""
+"""SpectralOptimizer and Muon under the generic tests of torch's own optimizers, over torch.testing's database."""
 
 from __future__ import annotations
 
@@ -11,115 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
-from torch.testing._internal.common_optimizers import (
-    ErrorOptimizerInput,
-    OptimizerErrorEnum,
-    OptimizerInfo,
-    OptimizerInput,
-    get_error_inputs_for_all_optims,
-    optims,
-)
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optims
 from torch.testing._internal.common_utils import TestCase
 
-from spectral_kernels.optim import SpectralOptimizer
-
-GLOBAL_FLAGS = ("foreach", "fused", "differentiable")
-
-
-def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
-    given: dict[str, dict[str, Any]] = {
-        "default": {},
-        "lr": {"lr": 0.01},
-        "tensor lr": {"lr": torch.tensor(0.02)},
-        "no momentum, decay": {"momentum": 0.0, "weight_decay": 0.1},
-        "nesterov": {"momentum": 0.8, "nesterov": True},
-        "frobenius": {"direction": "frobenius", "rule": "original"},
-        "clip": {"direction": "clip", "rank": 3, "weight_decay": 0.1},
-        "threshold": {"direction": "clip", "threshold": 0.1, "nesterov": True},
-        "maximize": {"maximize": True, "lr": 0.02, "weight_decay": 0.1},
-        "upper": {"safety": "upper", "block": 8, "nonfinite": "strict"},
-    }
-    return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in given.items()]
+from spectral_kernels.optim import Muon, SpectralOptimizer
+from tests.optim.harness import DATABASE, GLOBAL_FLAGS, MuonAndAdamW, closure_of, kwargs_of, plain, problem
 
 
-def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
-    found = get_error_inputs_for_all_optims(device, dtype)
-    if torch.device(device).type != "cpu":
-        return found
-    one = nn.Parameter(torch.randn(1, device=device, dtype=dtype))
-    complex_ = nn.Parameter(torch.rand(2, 3, device=device, dtype=torch.complex64))
-    complex_.grad = torch.rand_like(complex_)
-    sparse = nn.Parameter(torch.rand(4, 3, device=device, dtype=dtype))
-    sparse.grad = torch.rand(4, 3, device=device, dtype=dtype).to_sparse()
-    construction, step = OptimizerErrorEnum.CONSTRUCTION_ERROR, OptimizerErrorEnum.STEP_ERROR
-    for params, kwargs, where, error, message in (
-        (one, {"lr": -0.5}, construction, ValueError, "Invalid learning rate: -0.5"),
-        (one, {"momentum": 1.0}, construction, ValueError, r"momentum must lie in \[0, 1\), not 1.0"),
-        (one, {"momentum": -0.1}, construction, ValueError, "momentum must lie in"),
-        (one, {"weight_decay": -1}, construction, ValueError, "Invalid weight_decay: -1"),
-        (one, {"direction": "up"}, construction, ValueError, "direction must be one of 'normalize', 'clip'"),
-        (one, {"direction": "clip"}, construction, ValueError, "one of rank and threshold"),
-        (one, {"rule": "mup"}, construction, ValueError, "rule must be one of"),
-        (one, {"block": 1}, construction, ValueError, "block must be in"),
-        (one, {"nonfinite": "ignore"}, construction, ValueError, "nonfinite must be one of"),
-        (one, {"nesterov_momentum": True}, construction, TypeError, "nesterov_momentum"),
-        (complex_, {}, step, RuntimeError, "does not support complex parameters"),
-        (sparse, {}, step, RuntimeError, "does not support sparse gradients"),
-    ):
-        found.append(
-            ErrorOptimizerInput(
-                OptimizerInput(params=[params], kwargs=kwargs, desc=str(kwargs)),
-                error_on=where, error_type=error, error_regex=message,
-            )  # fmt: skip
-        )
-    return found
-
-
-DATABASE = [
-    OptimizerInfo(
-        SpectralOptimizer,
-        optim_inputs_func=inputs,
-        optim_error_inputs_func=error_inputs,
-        supported_impls=(),
-        not_og_supported_flags=(),
-        supports_complex=False,
-    )
-]
-
-
-def problem(device: Any, dtype: torch.dtype, strided: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight (10, 5), bias (10,), input (5,); with `strided`, views into larger tensors."""
-    if strided:
-        weight = torch.randn(10, 5, 2, device=device, dtype=dtype)[..., 0]
-        bias = torch.randn(10, 2, device=device, dtype=dtype)[..., 0]
-        assert not weight.is_contiguous() and not bias.is_contiguous()
-    else:
-        weight, bias = torch.randn(10, 5, device=device, dtype=dtype), torch.randn(10, device=device, dtype=dtype)
-    return weight.requires_grad_(), bias.requires_grad_(), torch.randn(5, device=device, dtype=dtype)
-
-
-def closure_of(opt: Any, weight: Tensor, bias: Tensor, x: Tensor) -> Any:
-    def closure() -> Tensor:
-        opt.zero_grad()
-        loss = (weight.mv(x) + bias).pow(2).sum()
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def kwargs_of(info: OptimizerInput) -> dict[str, Any]:
-    kwargs = dict(info.kwargs)
-    if isinstance(kwargs.get("lr"), Tensor):
-        kwargs["lr"] = kwargs["lr"].clone()
-    return kwargs
-
-
-def plain(state_dict: dict[str, Any]) -> list[tuple[int, str, Any]]:
-    return [(i, key, value) for i, state in state_dict["state"].items() for key, value in state.items()]
-
-
-class TestSpectral(TestCase):
+class TestOptimizers(TestCase):
     every = optims(DATABASE, dtypes=[torch.float32])
 
     def _equal_states(self, a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -156,7 +55,7 @@ class TestSpectral(TestCase):
         for strided in (False, True):
             for given in optim_info.optim_inputs_func(device=device):
                 kwargs = kwargs_of(given)
-                weight, bias, x = problem(device, dtype, strided)
+                weight, bias, x = problem(optim_info, device, dtype, strided)
                 opt = optim_info.optim_cls([weight, bias], **{"lr": 0.02, **kwargs})
                 closure = closure_of(opt, weight, bias, x)
                 first = float(closure().detach())
@@ -171,7 +70,7 @@ class TestSpectral(TestCase):
     @every
     def test_state_dict_round_trip(self, device, dtype, optim_info):
         for given in optim_info.optim_inputs_func(device=device):
-            weight, bias, x = problem(device, dtype)
+            weight, bias, x = problem(optim_info, device, dtype)
             opt = optim_info.optim_cls([weight, bias], **kwargs_of(given))
             closure = closure_of(opt, weight, bias, x)
             for _ in range(4):
@@ -195,13 +94,13 @@ class TestSpectral(TestCase):
 
     @every
     def test_older_state_dicts_load(self, device, dtype, optim_info):
-        weight, bias, x = problem(device, dtype)
+        weight, bias, x = problem(optim_info, device, dtype)
         opt = optim_info.optim_cls([weight, bias])
         opt.step(closure_of(opt, weight, bias, x))
         old = opt.state_dict()
         for group in old["param_groups"]:
             for key in ("kind", "transposed", "groups", "num_heads", "split_sizes", "nonfinite", "retract", "maximize"):
-                del group[key]
+                group.pop(key, None)
         new = optim_info.optim_cls([weight, bias])
         new.load_state_dict(old)
         self.assertEqual(new.param_groups[0]["nonfinite"], "skip")
@@ -212,7 +111,7 @@ class TestSpectral(TestCase):
     @every
     def test_deepcopy(self, device, dtype, optim_info):
         for given in optim_info.optim_inputs_func(device=device):
-            weight, bias, x = problem(device, dtype)
+            weight, bias, x = problem(optim_info, device, dtype)
             opt = optim_info.optim_cls([weight, bias], **kwargs_of(given))
             opt.step(closure_of(opt, weight, bias, x))
             new = copy.deepcopy(opt)
@@ -230,7 +129,7 @@ class TestSpectral(TestCase):
     @every
     def test_the_rate_of_a_group_counts(self, device, dtype, optim_info):
         for given in optim_info.optim_inputs_func(device=device)[::3]:
-            weight, bias, x = problem(device, dtype)
+            weight, bias, x = problem(optim_info, device, dtype)
             rest = {k: v for k, v in kwargs_of(given).items() if k not in ("lr", "weight_decay")}
             opt = optim_info.optim_cls([{"params": [weight]}, {"params": [bias], "lr": 1e-28}], lr=0.01, **rest)
             before = weight.detach().clone(), bias.detach().clone()
@@ -243,7 +142,7 @@ class TestSpectral(TestCase):
     @every
     def test_tensor_rates(self, device, dtype, optim_info):
         for shape in ((), (1,), (1, 1)):
-            start = problem(device, dtype)
+            start = problem(optim_info, device, dtype)
             results = []
             for lr in (0.05, torch.full(shape, 0.05, dtype=torch.float64)):
                 weight, bias = (p.detach().clone().requires_grad_() for p in start[:2])
@@ -260,6 +159,7 @@ class TestSpectral(TestCase):
         """The only path is a list of all parameters; one optimizer per parameter is the loop."""
         for given in optim_info.optim_inputs_func(device=device)[::2]:
             shapes = ((6, 4), (6,), (6, 4), (), (2, 5, 3), (4, 2, 3, 3))
+            shapes = tuple(s for s in shapes if len(s) > 1 or optim_info.optim_cls is not Muon)
             params = [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
             copies = [p.detach().clone().requires_grad_() for p in params]
             together = optim_info.optim_cls(params, **kwargs_of(given))
@@ -273,8 +173,9 @@ class TestSpectral(TestCase):
                     opt.step()
             self.assertEqual(params, copies, rtol=1e-9, atol=1e-12)
             for p, q, opt in zip(params, copies, apart, strict=True):
-                self.assertEqual(together.state[p]["momentum_buffer"], opt.state[q]["momentum_buffer"])
-                self.assertEqual(together.state[p]["step"], opt.state[q]["step"])
+                self.assertEqual(together.state[p].keys(), opt.state[q].keys())
+                for key in {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"} & together.state[p].keys():
+                    self.assertEqual(together.state[p][key], opt.state[q][key])
 
     @every
     def test_complex_is_refused_and_changes_nothing(self, device, dtype, optim_info):
@@ -290,7 +191,7 @@ class TestSpectral(TestCase):
     @every
     def test_nothing_happens_without_gradients(self, device, dtype, optim_info):
         for given in optim_info.optim_inputs_func(device=device):
-            weight, bias, _ = problem(device, dtype)
+            weight, bias, _ = problem(optim_info, device, dtype)
             opt = optim_info.optim_cls([weight, bias], **kwargs_of(given))
             before = weight.detach().clone(), bias.detach().clone()
             opt.step()
@@ -301,7 +202,7 @@ class TestSpectral(TestCase):
     @every
     def test_zero_gradients_move_nothing(self, device, dtype, optim_info):
         for given in optim_info.optim_inputs_func(device=device):
-            weight, bias, _ = problem(device, dtype)
+            weight, bias, _ = problem(optim_info, device, dtype)
             opt = optim_info.optim_cls([weight, bias], **{**kwargs_of(given), "weight_decay": 0.0})
             before = weight.detach().clone(), bias.detach().clone()
             for _ in range(3):
@@ -311,7 +212,7 @@ class TestSpectral(TestCase):
 
     @every
     def test_hooks_fire_in_order(self, device, dtype, optim_info):
-        weight = nn.Parameter(torch.ones(2, device=device, dtype=dtype))
+        weight = nn.Parameter(torch.ones((2, 1) if optim_info.optim_cls is Muon else 2, device=device, dtype=dtype))
         opt = optim_info.optim_cls([weight])
         seen: list[str] = []
         handles = [
@@ -332,7 +233,7 @@ class TestSpectral(TestCase):
 
     @every
     def test_a_hook_may_replace_the_state_dict(self, device, dtype, optim_info):
-        weight, bias, x = problem(device, dtype)
+        weight, bias, x = problem(optim_info, device, dtype)
         opt = optim_info.optim_cls([weight, bias])
         opt.step(closure_of(opt, weight, bias, x))
         saved = opt.state_dict()
@@ -346,10 +247,10 @@ class TestSpectral(TestCase):
         """torch's Muon divides its buffer in place here."""
         weight = torch.randn(6, 4, device=device, dtype=dtype, requires_grad=True)
         opt = optim_info.optim_cls([weight], momentum=0.5, nesterov=False)
-        wanted = torch.zeros(6, 4)
+        wanted, gain = torch.zeros(6, 4), 1.0 if optim_info.optim_cls is SpectralOptimizer else 0.5
         for _ in range(3):
             weight.grad = torch.randn_like(weight)
-            wanted = (0.5 * wanted + weight.grad.float()).to(dtype).float()
+            wanted = (0.5 * wanted + gain * weight.grad.float()).to(dtype).float()
             opt.step()
         self.assertEqual(opt.state[weight]["momentum_buffer"].dtype, dtype)
         self.assertEqual(opt.state[weight]["momentum_buffer"].float(), wanted, rtol=2**-8, atol=0)
@@ -362,7 +263,7 @@ class TestSpectral(TestCase):
             lambda opt: [StepLR(opt, gamma=0.9, step_size=3), ReduceLROnPlateau(opt, patience=1, factor=0.5)],
         ):
             for lr in (0.05, torch.tensor(0.05)):
-                weight, bias, x = problem(device, dtype)
+                weight, bias, x = problem(optim_info, device, dtype)
                 opt = optim_info.optim_cls([{"params": [weight]}, {"params": [bias], "lr": 0.01}], lr=lr)
                 schedulers, closure = build(opt), closure_of(opt, weight, bias, x)
                 first = float(closure().detach())
@@ -374,8 +275,10 @@ class TestSpectral(TestCase):
 
     @every
     def test_weight_decay_is_per_group(self, device, dtype, optim_info):
-        weight, bias, _ = problem(device, dtype)
-        opt = optim_info.optim_cls([{"params": [weight], "weight_decay": 0.5}, {"params": [bias]}], lr=0.1)
+        weight, bias, _ = problem(optim_info, device, dtype)
+        opt = optim_info.optim_cls(
+            [{"params": [weight], "weight_decay": 0.5}, {"params": [bias], "weight_decay": 0.0}], lr=0.1
+        )
         before = weight.detach().clone(), bias.detach().clone()
         weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
         opt.step()
@@ -388,7 +291,7 @@ class TestSpectral(TestCase):
             found = []
             for _ in range(2):
                 torch.manual_seed(1)
-                weight, bias, x = problem(device, dtype)
+                weight, bias, x = problem(optim_info, device, dtype)
                 opt = optim_info.optim_cls([weight, bias], **kwargs_of(given))
                 closure = closure_of(opt, weight, bias, x)
                 for _ in range(3):
@@ -403,34 +306,42 @@ class TestSpectral(TestCase):
 
     @every
     def test_named_parameters(self, device, dtype, optim_info):
-        weight, bias, x = problem(device, dtype)
+        weight, bias, x = problem(optim_info, device, dtype)
         named = [("w", weight), ("b", bias)]
         for first, second in ((named, [weight, bias]), ([weight, bias], named), (named, named)):
             opt = optim_info.optim_cls(first)
             opt.step(closure_of(opt, weight, bias, x))
             new = optim_info.optim_cls(second)
             new.load_state_dict(opt.state_dict())
-            self.assertEqual(new.param_groups[0]["param_names"], ["w", "b"])
+            self.assertEqual([name for group in new.param_groups for name in group["param_names"]], ["w", "b"])
             for p in (weight, bias):
-                self.assertEqual(opt.state[p]["momentum_buffer"], new.state[p]["momentum_buffer"], rtol=0, atol=0)
+                self.assertEqual(dict(opt.state[p]), dict(new.state[p]), rtol=0, atol=0)
 
     @every
     def test_state_after_a_step_and_printing(self, device, dtype, optim_info):
         for given in optim_info.optim_inputs_func(device=device):
-            weight, bias, x = problem(device, dtype)
+            weight, bias, x = problem(optim_info, device, dtype)
             opt = optim_info.optim_cls([weight, bias], **kwargs_of(given))
             self.assertEqual(len(opt.state), 0)
             opt.step(closure_of(opt, weight, bias, x))
-            for p in (weight, bias):
-                self.assertEqual(float(opt.state[p]["step"]), 1.0)
-                self.assertGreater(float(opt.state[p]["momentum_buffer"].norm()), 0.0)
-            self.assertEqual("block" in opt.state[weight], kwargs_of(given).get("direction") != "frobenius")
-            self.assertIn("SpectralOptimizer", repr(opt))
+            kept = [{"momentum_buffer"}] * 2
+            if optim_info.optim_cls is SpectralOptimizer:
+                kept = [{"momentum_buffer", "step", "tracker"}] * 2
+                if given.kwargs.get("direction") not in ("frobenius", "orthogonalize"):
+                    kept[0] = kept[0] | {"block"}
+            elif optim_info.optim_cls is MuonAndAdamW:
+                kept[1] = {"step", "exp_avg", "exp_avg_sq"}
+            for p, keys in zip((weight, bias), kept, strict=True):
+                state = opt.state[p]
+                self.assertEqual(set(state), keys)
+                self.assertEqual(float(state.get("step", 1.0)), 1.0)
+                self.assertGreater(float(state.get("momentum_buffer", state.get("exp_avg")).norm()), 0.0)
+            self.assertIn(optim_info.optim_cls.__name__, repr(opt))
             self.assertIn("weight_decay", repr(opt))
 
     @every
     def test_parameters_in_a_generator_and_in_empty_groups(self, device, dtype, optim_info):
-        weight, bias, x = problem(device, dtype)
+        weight, bias, x = problem(optim_info, device, dtype)
         opt = optim_info.optim_cls(iter([weight, bias]))
         opt.add_param_group({"params": []})
         before = weight.detach().clone()
@@ -442,4 +353,4 @@ class TestSpectral(TestCase):
         self.assertIsNone(weight.grad)
 
 
-instantiate_device_type_tests(TestSpectral, globals(), only_for=("cpu",))
+instantiate_device_type_tests(TestOptimizers, globals(), only_for=("cpu",))

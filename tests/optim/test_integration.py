@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 import spectral_kernels as sk
-from spectral_kernels.ops import engine, passes
+from spectral_kernels.ops import passes
 from spectral_kernels.ops.state import COLD_STEPS
-from spectral_kernels.optim import SpectralOptimizer, param_groups
+from spectral_kernels.optim import Muon, SpectralOptimizer, param_groups
 from tests.optim.test_spectral import parameter, spectral
 from tests.optim.textbook import batches, convolutional, loss_of, mlp, same, snapshot, train
 
@@ -260,6 +260,7 @@ OPTIONS = [
     {},
     {"nesterov": True, "weight_decay": 0.1, "maximize": True},
     {"direction": "frobenius"},
+    {"direction": "orthogonalize", "schedule": "keller_quintic"},
     {"safety": "upper", "block": 8},
     {"nonfinite": "strict"},
     {"nonfinite": "propagate"},
@@ -305,6 +306,48 @@ def test_a_step_asks_the_device_for_nothing(options, on_meta):
     assert opt.skipped.device.type == "meta" and len(list(opt.last_step())) == len(params)
 
 
+MUON_OPTIONS = [
+    {},
+    {"nesterov": False, "schedule": "polar_express", "maximize": True},
+    {"method": "gram", "flatten": False},
+    {"normalizer": "schatten4", "compute_dtype": torch.float32},
+    {"nonfinite": "strict"},
+    {"nonfinite": "propagate"},
+]
+
+
+@pytest.mark.parametrize("options", MUON_OPTIONS, ids=str)
+def test_a_step_of_muon_asks_the_device_for_nothing_and_sends_nothing(options, on_meta, monkeypatch):
+    calls = []  # torch's kernel does not know the meta device
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: calls.append(kwargs["found_inf"]))
+    shapes = {(12, 9): {}, (9, 30): {"num_heads": 3}, (2, 9, 4): {}, (6, 4, 2, 2): {}, (9,): {"algorithm": "adamw"}}
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    groups = [{"params": [p], **group} for p, group in zip(params, shapes.values(), strict=True)]
+    opt = Muon(groups, lr=torch.tensor(0.1, device="meta"), **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        opt.step()
+    with FromHost() as seen:
+        opt.step()
+    assert seen.sent == [] and len(calls) == 3
+    assert all(x is None or x.device.type == "meta" for x in calls)
+    assert all(x.device.type == "meta" for p in params for x in opt.state[p].values())
+    assert opt.orthogonalized.device.type == opt.skipped.device.type == "meta"
+    assert len(list(opt.last_step())) == len(params) - 1
+
+
+def test_a_schedule_that_is_unsafe_in_a_device_s_dtype_is_refused_before_anything_moves(on_meta):
+    """Products of bfloat16 parameters are float32 on CPUs, bfloat16 on what is treated as a GPU."""
+    p = nn.Parameter(torch.empty((12, 9), dtype=torch.bfloat16, device="meta"))
+    p.grad = torch.empty_like(p)
+    before = p._version
+    opt = Muon([p], schedule="cubic5")
+    with pytest.raises(ValueError, match="'cubic5' is not safe.*bfloat16"):
+        opt.step()
+    assert p._version == before and opt.state[p]["momentum_buffer"]._version == 0
+
+
 @pytest.mark.parametrize("options", [{}, {"nesterov": True, "retract": "rms_to_rms"}, *OPTIONS[-2:]], ids=str)
 def test_a_later_step_sends_nothing_to_the_device(options, on_meta):
     """Copies from memory that is not pinned wait for the device, and cannot be captured."""
@@ -343,6 +386,29 @@ def test_steps_on_a_gpu_never_wait(options):
         opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("options", MUON_OPTIONS, ids=str)
+def test_steps_of_muon_on_a_gpu_never_wait(options):
+    shapes = {(130, 90): {}, (240, 90): {"num_heads": 2}, (6, 4, 3, 3): {}, (90,): {"algorithm": "adamw"}}
+    params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    opt = Muon([{"params": [p], **group} for p, group in zip(params, shapes.values(), strict=True)], **options)
+    for _ in range(3):
+        new_gradients(params)
+        opt.step()
+    before = [p.detach().clone() for p in params]
+    new_gradients(params)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
 
 @pytest.mark.gpu
