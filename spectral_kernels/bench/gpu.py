@@ -6,6 +6,8 @@ Parts, each in a process of its own with a time limit, so that one that hangs or
   G1       one read against device copy bandwidth
   G2       a whole optimizer step against fused AdamW; no synchronization, and capture
   G7       the same with clipped singular values, against torch's Muon too
+  G4       orthogonalization of stacks of small matrices against torch.compile
+  G5       the same of large matrices, against gram-newton-schulz too where it is installed
   G3       a model's matrices against a two-bmm loop inside a CUDA graph
 Results go to benchmarks/results/<gpu>/ and to the folder $OUT where that is set. Exit status 1 if anything failed or
 was left out. Without a GPU nothing is run. --rehearse runs the same logic on a CPU over tiny shapes (gpu_parts.py).
@@ -30,6 +32,7 @@ from typing import Any
 import torch
 
 from .environment import machine
+from .gpu_orthogonal import g4, g5
 from .gpu_parts import Outcome, Rehearsal, RunOnCuda, Step, failed, g1, g3, host, outcome
 from .gpu_step import g2, g7
 from .measure import describe_target, describe_value, document, failures
@@ -39,14 +42,34 @@ PARTS: dict[str, Callable[[RunOnCuda, Callable[[], float]], Iterator[Step]]] = {
     "G1": g1,
     "G2": g2,
     "G7": g7,
+    "G4": g4,
+    "G5": g5,
     "G3": g3,
 }
 TESTS = ("tests/kernels", "tests/ops", "tests/optim")
 WITHOUT_GPU = "tests/kernels/test_triton_compile.py"  # compiles for other devices
 DEADLINE = 520.0  # seconds; nine minutes less the start of the process and the last write
-LIMITS = {"tests": 300.0, "host": 90.0, "G1": 120.0, "G2": 150.0, "G7": 90.0, "G3": 180.0}  # most seconds of a part
+LIMITS = {  # most seconds of a part
+    "tests": 300.0,
+    "host": 90.0,
+    "G1": 120.0,
+    "G2": 150.0,
+    "G7": 90.0,
+    "G4": 60.0,
+    "G5": 75.0,
+    "G3": 180.0,
+}
 # with less time left a part is not begun
-LEAST = {"tests": 20.0, "host": 20.0, "G1": 30.0, "G2": 40.0, "G7": 30.0, "G3": 40.0}
+LEAST = {
+    "tests": 20.0,
+    "host": 20.0,
+    "G1": 30.0,
+    "G2": 40.0,
+    "G7": 30.0,
+    "G4": 30.0,
+    "G5": 30.0,
+    "G3": 40.0,
+}
 
 
 class Deadline:

@@ -287,12 +287,20 @@ def memory(place: RunOnCuda) -> list[Record]:
     return [{**record, "status": "ok", "value": rounded(share), "met": met(share, goal)}]
 
 
-def step(part: str, place: RunOnCuda, case: Case, left: Callable[[], float], clock: Clock, subject: str) -> Step:
-    """One measured case; a wrong result or an error is a failure of the part."""
+def step(
+    part: str,
+    place: RunOnCuda,
+    case: Case,
+    left: Callable[[], float],
+    clock: Clock,
+    subject: str,
+    ceiling: dict[str, float] | None = None,
+) -> Step:
+    """One measured case; a wrong result or an error is a failure of the part. ceiling: None for that of float32."""
     if left() < CASE_SECONDS:
         return [outcome(part, case.name, "not run", "the deadline left too little time")], "", []
     try:
-        ceiling = ceilings(place.device, place.side)
+        ceiling = ceiling or ceilings(place.device, place.side)
         records = measure(case, seconds=place.seconds, min_rounds=place.rounds, clock=clock, ceiling=ceiling)
     except (RuntimeError, ValueError) as seen:
         return [outcome(part, case.name, "failed", f"{type(seen).__name__}: {str(seen).splitlines()[0]}")], "", []

@@ -14,10 +14,10 @@ from .contracts_products import triples
 
 def schatten_factor(R: Sequence[Tensor], factor: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) 1 / ||R||_F^1/2, 1 where R is zero, and `factor` with it, (N, 2)."""
-    wide = factor.dtype
-    square = torch.cat([torch.linalg.matrix_norm(r.to(wide)) for r in R])
+    # in float64: squares of squares of 2^24 entries near 2^20 leave the range of float32
+    square = torch.cat([torch.linalg.vector_norm(r, dim=(1, 2), dtype=torch.float64) for r in R])
     usable = square > 0
-    inverse = torch.where(usable, torch.where(usable, square, 1).rsqrt(), 1)
+    inverse = torch.where(usable, torch.where(usable, square, 1).rsqrt(), 1).to(factor.dtype)
     return inverse, torch.stack((factor[:, 0], factor[:, 1] * inverse), 1)
 
 
@@ -50,10 +50,12 @@ def newton_schulz(
         last = t == len(steps) - 1
         B = words.square_add(R, b, c)
         if gram:
-            Q = shifted(B, a) if Q is None else words.multiply_add(B, Q, None, a, True, dtype)
-            if not last and t + 1 not in restarts:
+            again = not last and t + 1 not in restarts
+            if again:
                 half = words.multiply_add(B, R, None, a, True, dtype)
                 R = words.multiply_add(B, half, None, a, True, dtype)
+            Q = shifted(B, a) if Q is None else words.multiply_add(B, Q, None, a, True, dtype)
+            if again:
                 continue
         if last and P:
             words.multiply_update_(P, Q if gram else shifted(B, a), Y, pending, size, decay, skip, dtype)

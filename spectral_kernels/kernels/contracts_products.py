@@ -4,6 +4,8 @@ Conventions are those of contracts.py; besides
 * X is oriented with the shorter side first, m <= n, by its caller; any strides. Symmetric matrices are (k, m, m).
 * `dtype` is what products are computed in: operands are rounded to it, sums are accumulated in `acc_dtype(dtype)` and
   rounded to it once. Neighbours in a list do not touch each other; zero rows and columns stay exactly zero.
+* "Symmetric" results: half the tiles are computed and mirrored, exactly; where whole products are faster (CPUs, small
+  matrices), up to rounding.
 * factor (N, 2) of acc_dtype(dtype), or None: X is multiplied by both numbers, one after the other, before it is
   rounded to `dtype`. Two, since one may leave the range: a power of two, and a number near 1.
 """
@@ -14,10 +16,12 @@ import torch
 
 from .contracts import NAMESPACE, acc_dtype, counts
 
+WORDS = ("gram", "square_add", "multiply_add", "multiply_update_", "newton_schulz")  # served by the dtype of products
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# gram: XX' of every matrix, exactly symmetric, half the tiles.
+# gram: XX' of every matrix, symmetric.
 #   -> (k, m, m) of dtype, contiguous, per stack: (f X)(f X)'
 _library.define("gram(Tensor[] X, Tensor? factor, ScalarType dtype) -> Tensor[]")
 
@@ -28,7 +32,7 @@ def _gram_fake(X, factor, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# square_add: b A + c A^2 of every symmetric matrix, exactly symmetric, half the tiles; c = 0: no product.
+# square_add: b A + c A^2 of every symmetric matrix, symmetric; c = 0: no product.
 _library.define("square_add(Tensor[] A, float b, float c) -> Tensor[]")
 
 
@@ -39,8 +43,7 @@ def _square_add_fake(A, b, c):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # multiply_add: a fX + B fX for symmetric B (k, m, m) of dtype.
-#   symmetric  X is (k, m, m) and commutes with B, as polynomials of one matrix do: the result is exactly symmetric,
-#              half the tiles
+#   symmetric  X is (k, m, m) and commutes with B, as polynomials of one matrix do: the result is symmetric
 #   -> (k, m, n) of dtype per stack, its rows (or columns, where X has those contiguous) contiguous
 _library.define(
     "multiply_add(Tensor[] B, Tensor[] X, Tensor? factor, float a, bool symmetric, ScalarType dtype) -> Tensor[]"

@@ -47,6 +47,8 @@ def _symmetric(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     width = max(PANEL, min(2 * PANEL, m // 4))
     for i in range(0, m, width):
         torch.mm(A[i : i + width], B[:, i:], out=out[i : i + width, i:])
+        corner = out[i : i + width, i : i + width]  # its halves may be summed in another order
+        corner.copy_(corner.triu() + corner.triu(1).mT)
         if i:
             out[i : i + width, :i] = out[:i, i : i + width].mT
     return out
@@ -262,8 +264,9 @@ class _Plan:
         square, turned = (*k, m, m), m > 1 and x.stride(-2) < x.stride(-1)
         R = _scaled(_symmetric(y, y.mT, self.take("R", square)), [f * f for f in lead])
         if self.schatten4:
-            norms = torch.linalg.matrix_norm(R).view(-1).tolist()
-            more = [norm**-0.5 if norm > 0 else 1.0 for norm in norms]
+            # in float64: squares of squares of 2^24 entries near 2^20 leave the range of float32
+            norms = torch.linalg.vector_norm(R, dim=(-2, -1), dtype=torch.float64).view(-1).tolist()
+            more = [1 / math.sqrt(norm) if norm > 0 else 1.0 for norm in norms]
             _scaled(R, [f * f for f in more])
             lead = [f * g for f, g in zip(lead, more, strict=True)]
         ones = [1.0] * len(lead)

@@ -32,7 +32,7 @@ def gram(X: Sequence[Tensor], factor: Tensor | None, dtype: torch.dtype) -> list
 
 def square_add(A: Sequence[Tensor], b: float, c: float) -> list[Tensor]:
     if c == 0:
-        return [(a.to(acc_dtype(a.dtype)) * b).to(a.dtype) for a in A]
+        return [(a.to(acc_dtype(a.dtype)) * b).to(a.dtype).contiguous() for a in A]
     return [mirrored(product(a, a) * c + a.to(acc_dtype(a.dtype)) * b).to(a.dtype) for a in A]
 
 

@@ -22,6 +22,7 @@ from . import (
     composites,
     composites_products,
     composites_step,
+    contracts_products,
     reference,
     reference_clip,
     reference_products,
@@ -39,11 +40,7 @@ WORDS = (
     "tracked_step_",
     "clip_",
     "clipped_step_",
-    "gram",
-    "square_add",
-    "multiply_add",
-    "multiply_update_",
-    "newton_schulz",
+    *contracts_products.WORDS,
 )
 # word -> (its default over the other words, the word that reads the matrices)
 COMPOSITES: dict[str, tuple[Callable[..., Any], str]] = {

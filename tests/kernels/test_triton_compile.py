@@ -57,14 +57,32 @@ CONFIGURATIONS = [
     "pieces", "total", "statistics",
     *(f"{kernel} {order}" for kernel in SMALL for order in (16, 32, 64, 128)),
     *(f"mix {rows} {kind}" for rows in (16, 32, 48, 64, 80) for kind in ("plain", "draws")),
+    # kind, SIDE, dtypes of the products and of X, FORM; see tiles.py
+    *(f"tile {kind}" for kind in (
+        "128 gram bfloat16 bfloat16 0", "128 update bfloat16 float32 3", "128 symmetric float16 float16 0",
+        "128 square float32 float32 0", "64 update float32 float64 2", "64 add bfloat16 bfloat16 3",
+        "64 gram float16 float32 1", "128 gram bfloat16 float32 0", "128 update float32 float32 0",
+        "64 symmetric float32 float32 1")),
+    # ORDER, dtypes of the products and of X, FORM, what is written
+    *(f"chip {kind}" for kind in (
+        "16 float32 float32 0 result", "32 bfloat16 float32 2 update", "64 float16 float16 3 result",
+        "64 float32 float32 1 update", "128 bfloat16 bfloat16 0 update", "128 float32 float32 3 result")),
 ]  # fmt: skip
 SAMPLE = {"rows": ("32", "1024", "4096"), "product": ("80",), "mix": ("16", "80")}  # the ends and the middle
 SAMPLE |= dict.fromkeys(SMALL, ("32", "128"))
 
 
+TENSOR = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma"}  # products of 64 rows or more
+LONG = {"tile": 5, "chip": 1}  # how many of these elsewhere: the first tiles, the last on chip
+
+
 def _configurations(target: str) -> list[str]:
     """Every width on the GPU that the configurations were measured on, a sample of them elsewhere."""
     parts = [(c, *c.split()[:2]) for c in CONFIGURATIONS]
+    if target != "sm_90":
+        chips = [p for p in parts if p[1] == "chip"][-LONG["chip"] :]
+        tiles = [p for p in parts if p[1] == "tile"][: LONG["tile"]]
+        parts = [p for p in parts if p[1] not in LONG] + tiles + chips
     return [c for c, name, *width in parts if target == "sm_90" or name not in SAMPLE or width[0] in SAMPLE[name]]
 
 
@@ -110,16 +128,39 @@ def _wide(name: str, rest: list[str], elements: dict[str, object], hip: bool) ->
     return gram.pieces_kernel if name == "pieces" else gram.total_kernel, dict(gram.OPTIONS)
 
 
+def _products(name: str, rest: list[str], elements: dict[str, object], hip: bool) -> tuple[Any, dict[str, Any], Any]:
+    """Kernel, options and types of the arguments of the words that multiply matrices."""
+    from spectral_kernels.kernels.triton import on_chip, products
+
+    shape, *rest = rest
+    kind, (dtype, own, form) = (rest[3], rest[:3]) if name == "chip" else (rest[0], rest[1:])
+    update, half = kind == "update", dtype != "float32"
+    target = elements["float32"] if update else elements[dtype]
+    options = {"ELEMENT": elements[dtype], "OPERAND": elements[dtype], "WIDE": elements["float32"], "FORM": int(form)}
+    options |= {"ACC": elements["float32"], "TARGET": target, "FORM_OUT": int(form), "UPDATE": update}
+    if own == "float64":
+        options["WIDE"] = elements["float64"]
+    types = {"X": f"*{elements[own]}", "OUT": f"*{target}", "B": f"*{elements[dtype]}", "steps": "*i64"}
+    types |= dict.fromkeys(("factor", "used", "size", "decay"), "*fp64") | {"scratch": "*fp32"}
+    if name == "chip":
+        return on_chip.newton_schulz_kernel, {**options, **on_chip.on_chip_options(int(shape), hip)}, types
+    direct = dtype == own and kind != "update"
+    options |= {"GRAM": kind in ("gram", "square"), "SYMMETRIC": kind in ("gram", "square", "symmetric")}
+    options |= {"ADD": kind in ("square", "symmetric", "add"), "SCALED": not direct, "FORM_B": int(form) % 3}
+    return products.product_kernel, {**options, **products.product_options(int(shape), half, direct, hip)}, types
+
+
 def _compile(target: str, configuration: str) -> dict[str, object]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from spectral_kernels.kernels.triton import next_block, one_read, rayleigh_ritz, reads, step
+    from spectral_kernels.kernels.triton import next_block, one_read, places, rayleigh_ritz, reads, step
 
     hip = TARGETS[target][0] == "hip"
     name, *rest = configuration.split()
-    elements = {str(dtype).removeprefix("torch."): element for dtype, element in one_read.ELEMENTS.items()}
+    elements = {str(dtype).removeprefix("torch."): element for dtype, element in places.ANY_FLOAT.items()}
+    own: dict[str, str] = {}  # types of arguments that differ from one configuration to the next
     if name in ("rows", "dots", "sums"):
         *width, dtype, kind = rest
         element, mode = elements[dtype], {"moved": 9, "ahead": 11}.get(kind, 0)
@@ -158,12 +199,14 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
             options |= {"PARAMETER": elements[dtype], "ACC": elements["float32"]}
     elif name in ("correct", "product", "pieces", "total", "statistics", "mix", *SMALL):
         kernel, options = _wide(name, rest, elements, hip)
+    elif name in LONG:
+        kernel, options, own = _products(name, rest, elements, hip)
     else:
         kernel, options = rayleigh_ritz.step_kernel, dict(rayleigh_ritz.step_options(hip))
         options |= {"ORDER": int(rest[0]), "B": int(rest[1])}
     constants = {key: options.pop(key) for key in list(options) if key in kernel.arg_names}
     types = {key: f"*{element}" for element, names in POINTERS.items() for key in names.split()}
-    types |= dict.fromkeys(("tol", "beta", "alpha", "one"), "fp32") | ELSEWHERE.get(name, {})
+    types |= dict.fromkeys(("tol", "beta", "alpha", "one"), "fp32") | ELSEWHERE.get(name, {}) | own
     types |= dict.fromkeys(constants, "constexpr")
     signature = {key: types.get(key, "i32") for key in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
@@ -173,7 +216,7 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
         text = made.asm["amdgcn"]
         result["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
         result["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
-        result["tensor"] = len(re.findall(r"v_mfma_f32_\w+f32", text))
+        result["tensor"] = len(re.findall(r"v_mfma_f32_\w+" if name in LONG else r"v_mfma_f32_\w+f32", text))
         return result
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -188,6 +231,8 @@ def _compile(target: str, configuration: str) -> dict[str, object]:
     result["wide"] = len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*0x(?:10|8)\b", ptx))
     result["wide"] += len(re.findall(r"ld\.global\S*\.v4", ptx)) if name in ("norms", "apply", "correct") else 0
     result["tensor"] = len(re.findall(r"mma\.(?:\S*sync\S*|cta_group\S*)tf32", ptx))
+    if name in LONG:
+        result["tensor"] = len(re.findall(TENSOR[target] if int(rest[0]) >= 64 else r"mma\.sync", ptx))
     return result
 
 
@@ -249,12 +294,20 @@ def test_compiles(compiled, target: str, configuration: str) -> None:
         allowed = 64 if target == "sm_80" else 16  # M, G, an address of every entry, 80 rows of the result
     elif configuration.startswith(("product 32", "eigen")):
         allowed = 16
+    elif configuration.startswith("chip 128") and target == "sm_80":
+        allowed = 144  # its tensor cores take both operands from registers
+    elif configuration == "tile 128 square float32 float32 0" and target == "sm_80":
+        allowed = 16
     assert result["spills"] <= allowed, result
     aligned = "strided" not in configuration and not configuration.endswith((" 1", " 2", "finish"))
     if target != "gfx942" and configuration.startswith(WIDE_LOADS) and aligned:
         assert result["wide"] > 0, "the aligned kinds must load 8 or 16 bytes at once"
     if configuration.startswith(("product", "correct")) or (target != "gfx942" and configuration.startswith("step")):
         assert result["tensor"] > 0, "float32 products belong on the tensor cores"
+    if configuration.startswith(tuple(LONG)):
+        assert result["tensor"] > 0, "products belong on the tensor cores, of the newest kind"
+        if target != "gfx942" and configuration.split()[-1 if "tile" in configuration else -2] in "03":
+            assert result["wide"] > 0, "aligned matrices are loaded 16 bytes at once"
 
 
 def test_configurations_are_those_of_the_launchers() -> None:

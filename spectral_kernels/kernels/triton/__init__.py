@@ -22,6 +22,11 @@ WORDS = {
     "apply_update_": "step",
     "next_block_": "next_block",
     "clip_": "clip",
+    "gram": "products",
+    "square_add": "products",
+    "multiply_add": "products",
+    "multiply_update_": "products",
+    "newton_schulz": "on_chip",
 }
 rank_limit = 15  # Ritz values that rayleigh_ritz_ follows
 # basis columns: K = columns + b of rayleigh_ritz_, one tile of registers; rows of T of next_block_
@@ -29,7 +34,10 @@ column_limit = 128
 
 
 def supports(word: str, device_type: str, dtype: torch.dtype, b: int) -> str | None:
-    """None, or why the Triton kernel of `word` does not serve blocks of b columns of this dtype on this device."""
+    """None, or why the Triton kernel of `word` does not serve blocks of b columns of this dtype on this device.
+
+    dtype: of the matrices; of the products, for the words of contracts_products.py.
+    """
     if word not in WORDS:
         return f"there is no Triton kernel for {word}"
     if importlib.util.find_spec("triton") is None:
@@ -168,3 +176,56 @@ def clip_(
     from .clip import clip_ as kernel
 
     kernel(m, n, V, L, R, info, W, S, Y, scale, rank, limit, before, step, b, r, fresh, tol, seed)
+
+
+def gram(X: Sequence[Tensor], factor: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    from .products import gram as kernel
+
+    return kernel(X, factor, dtype)
+
+
+def square_add(A: Sequence[Tensor], b: float, c: float) -> list[Tensor]:
+    from .products import square_add as kernel
+
+    return kernel(A, b, c)
+
+
+def multiply_add(
+    B: Sequence[Tensor], X: Sequence[Tensor], factor: Tensor | None, a: float, symmetric: bool, dtype: torch.dtype
+) -> list[Tensor]:
+    from .products import multiply_add as kernel
+
+    return kernel(B, X, factor, a, symmetric, dtype)
+
+
+def multiply_update_(
+    P: Sequence[Tensor],
+    B: Sequence[Tensor],
+    X: Sequence[Tensor],
+    factor: Tensor | None,
+    size: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    from .products import multiply_update_ as kernel
+
+    kernel(P, B, X, factor, size, decay, skip, dtype)
+
+
+def newton_schulz(
+    X: Sequence[Tensor],
+    factor: Tensor,
+    schatten4: bool,
+    coefficients: Sequence[float],
+    gram: bool,
+    restarts: Sequence[int],
+    dtype: torch.dtype,
+    P: Sequence[Tensor],
+    size: Tensor | None,
+    decay: Tensor | None,
+    skip: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    from .on_chip import newton_schulz as kernel
+
+    return kernel(X, factor, schatten4, coefficients, gram, restarts, dtype, P, size, decay, skip)
