@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_kernels as sk
-from spectral_kernels import diagnostics
 from spectral_kernels.diagnostics import SpectralMonitor
+from spectral_kernels.diagnostics import monitor as monitor_module
 
 TRACKING = 1e-2  # the worst error that docs/tracking.md allows a tracked norm
 ROUNDING = 1e-5
@@ -205,8 +205,8 @@ class _HostReads(TorchDispatchMode):
 
 def test_one_transfer_per_row_and_none_between(monkeypatch):
     sent = []
-    real = diagnostics.to_host
-    monkeypatch.setattr(diagnostics, "to_host", lambda x: sent.append(x.numel()) or real(x))
+    real = monitor_module.to_host
+    monkeypatch.setattr(monitor_module, "to_host", lambda x: sent.append(x.numel()) or real(x))
     counts = []
     for watch in (False, True):
         torch.manual_seed(0)
@@ -450,7 +450,7 @@ def test_a_gpu_is_waited_for_once_per_row(monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("error")
 
-    monkeypatch.setattr(diagnostics, "to_host", to_host)
+    monkeypatch.setattr(monitor_module, "to_host", to_host)
     for _ in range(8):  # two rows to compile kernels and to keep a block, two to look at
         optimizer.step()
         torch.cuda.set_sync_debug_mode("error")

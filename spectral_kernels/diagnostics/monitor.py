@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import scaling
-from .kernels.contracts import INFO, acc_dtype
-from .ops import arguments
-from .ops.estimate import BLOCK, estimate, tracked
-from .ops.layout import Layout
-from .ops.state import direction_of, is_tracked
-from .optim.spectral import SpectralOptimizer
+from .. import scaling
+from ..kernels.contracts import INFO, acc_dtype
+from ..ops import arguments
+from ..ops.estimate import BLOCK, estimate, tracked
+from ..ops.layout import Layout
+from ..ops.state import direction_of, is_tracked
+from ..optim.spectral import SpectralOptimizer
 
 COLD_READS = 16  # of a weight, where no block of it was kept, as ops/retract.py has it
 WARM_READS = 3  # beside the kept block and as many random directions: 24 directions in all
