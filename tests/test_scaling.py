@@ -119,3 +119,56 @@ def test_init_std_of_a_convolution(channels, kernel, wanted):
     out = torch.nn.functional.conv2d(torch.randn(16, n, 12, 12), W)
     assert float(out.square().mean().sqrt()) == pytest.approx(wanted, rel=0.1)
     assert scaling.init_norm(m, n, kernel**2) == pytest.approx(math.sqrt(m / n) / kernel)
+
+
+def test_parametrizations_of_the_papers_network():
+    """Figure 2, 3072-n-n-1, without its sqrt(2); and, beside it, what a layer of other sides has."""
+    n0, n = 3072, 256
+    layers = dict(zip(scaling.LAYERS, ((n, n0), (n, n), (1, n)), strict=True))
+
+    def table(name: str) -> list[tuple[float, float]]:
+        return [scaling.parametrization(name, *sides, layer=layer) for layer, sides in layers.items()]
+
+    fan_in = (n0, n, n)
+    for name, wanted in {
+        "mup": [(1 / math.sqrt(n0), n / n0), (1 / math.sqrt(n), 1), (1 / n, 1 / n)],
+        "ntp": [(1 / math.sqrt(k), 1 / k) for k in fan_in],
+        "sp": [(1 / math.sqrt(k), 1) for k in fan_in],
+        "spectral": [(math.sqrt(n) / n0, n / n0), (1 / math.sqrt(n), 1), (1 / n, 1 / n)],
+    }.items():
+        assert [*map(pytest.approx, table(name))] == wanted, name
+    assert scaling.parametrization("mup", 1, 1, layer="input") == scaling.parametrization("ntp", 1, 1)  # n = 1
+    assert scaling.parametrization("spectral", 64, 16, 9, 2) == pytest.approx((math.sqrt(64 / 144) / 12, 128 / 144))
+    # ten outputs: their number is constant, so it counts as 1 inside the min
+    assert scaling.parametrization("mup", 10, n, layer="output") == pytest.approx((1 / n, 10 / n))
+
+
+def test_natural_factors_are_not_those_that_eq_30_prints():
+    m, n = 12, 75
+    found = [scaling.natural_factor(m, n, *sides) for sides in (("dense", "dense"), ("sparse", "dense"))]
+    assert found == pytest.approx([math.sqrt(n / m), 1 / math.sqrt(m)])
+    assert scaling.natural_factor(m, n, "dense", "sparse") == pytest.approx(math.sqrt(n))
+    assert scaling.natural_factor(m, n, "sparse", "sparse") == 1
+    assert scaling.natural_target(m, n) == pytest.approx(scaling.rms_to_rms(m, n))
+
+
+def test_table_1():
+    m, n = 20, 80
+    one = math.sqrt(m / n)
+    weight = (m, one, math.sqrt(m * m / n), math.sqrt(m) / n)
+    assert scaling.weight_sizes(m, n) == pytest.approx(weight)
+    assert scaling.update_sizes(m, n) == pytest.approx((1, one, one, 1 / n))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: scaling.parametrization("muP", 3, 4), "parametrization 'muP': expected one of spectral, sp, ntp, mup"),
+        (lambda: scaling.parametrization("mup", 3, 4, layer="first"), "layer 'first': .* input, hidden, output"),
+        (lambda: scaling.natural_factor(3, 4, "one-hot"), "vector 'one-hot': expected one of dense, sparse"),
+        (lambda: scaling.convert(1.0, "rms", "spectral", 3, 4, 1), "size 'rms': .* spectral, frobenius, rms_entry"),
+    ],
+)
+def test_unknown_names(call, message):
+    with pytest.raises(ValueError, match=f"unknown {message}"):
+        call()

@@ -18,7 +18,7 @@ from spectral_kernels import cli, scaling
 from spectral_kernels.bench import runs
 from spectral_kernels.bench.measure import document
 from spectral_kernels.bench.training import Spikes
-from spectral_kernels.experiments import EXPERIMENTS, dial, dial_page, dial_plot
+from spectral_kernels.experiments import EXPERIMENTS, dial, dial_page, dial_plot, module_of
 from spectral_kernels.experiments.dial_results import best_of, order, parts_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -382,7 +382,7 @@ def test_bad_input_is_one_line_and_2(made_up, tmp_path, capsys, monkeypatch):
 
 def test_experiments_are_commands_imported_when_asked_for():
     for name in EXPERIMENTS:
-        module = import_module(f"spectral_kernels.experiments.{name}")
+        module = import_module(f"spectral_kernels.experiments.{module_of(name)}")
         assert callable(module.add_arguments) and callable(module.run)
     lines = "import sys; from spectral_kernels.cli import main; assert main(['paper', '--help']) == 0; "
     lines += "assert 'torch' not in sys.modules, 'slow to start'"
