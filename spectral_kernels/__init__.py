@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import scaling as scaling
     from .explanation import explain as explain
     from .initialization import init_model_ as init_model_
+    from .initialization import spectral_init_ as spectral_init_
     from .kernels.registry import BackendUnavailable as BackendUnavailable
     from .kernels.registry import force as force
     from .ops import schedules as schedules
@@ -48,6 +49,7 @@ _PUBLIC = {
     "spectral_norm_": ".ops.rescale",
     "spectral_step_": ".ops.step",
     "init_model_": ".initialization",
+    "spectral_init_": ".initialization",
     "explain": ".explanation",
     "force": ".kernels.registry",
     "BackendUnavailable": ".kernels.registry",
