@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from . import __version__
-from .kernels import cpu, registry
+from .kernels import contracts_products, cpu, registry
 from .ops.estimate import BLOCK
 
 PACKAGES = ("torch", "triton", "numpy", "rich", "safetensors", "matplotlib", "scipy", "pytest-benchmark")
@@ -85,7 +85,7 @@ def _why_no_cuda() -> str | None:
 
 
 def _service(word: str, device: str) -> dict[str, dict[str, Any]]:
-    """dtype -> the backend that serves, and the reason of every other one."""
+    """dtype (of the products, for words that multiply) -> the backend that serves, and why every other one does not."""
     out = {}
     for dtype in DTYPES:
         try:
@@ -145,7 +145,7 @@ def show(found: dict[str, Any], stream: IO[str]) -> None:
     for device, words in found["words"].items():
         print(f"\nwords on {device}", file=stream)
         for word, rows in words.items():
-            print(f"  {word}", file=stream)
+            print(f"  {word}{', by dtype of products' if word in contracts_products.WORDS else ''}", file=stream)
             for text, dtypes in _merged(rows).items():
                 print(f"    {', '.join(dtypes)}: {text}", file=stream)
 

@@ -298,7 +298,7 @@ def test_bench_help_lists_the_runners_options(capsys):
 
 
 def test_doctor_says_who_serves_and_why_others_do_not(capsys):
-    from spectral_kernels.kernels import registry
+    from spectral_kernels.kernels import contracts_products, registry
 
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -319,6 +319,14 @@ def test_doctor_says_who_serves_and_why_others_do_not(capsys):
         assert part in text
     for reason in found["words"]["cpu"]["gram_matvec"]["float32"]["others"].values():
         assert reason in text
+    for word in contracts_products.WORDS:  # half inputs are multiplied in float32 on CPUs
+        backends = {dtype: row["backend"] for dtype, row in found["words"]["cpu"][word].items()}
+        assert backends == {"float32": "cpu", "float64": "cpu", "bfloat16": "reference", "float16": "reference"}
+        assert f"\n  {word}, by dtype of products\n    float32, float64: cpu" in text
+        assert (
+            "computes in float32 and float64, not torch.bfloat16"
+            == found["words"]["cpu"][word]["bfloat16"]["others"]["cpu"]
+        )
 
 
 def test_doctor_reports_an_insisted_backend(capsys):

@@ -10,6 +10,7 @@ import torch
 
 import spectral_kernels as sk
 from spectral_kernels.kernels import registry
+from spectral_kernels.ops.newton_schulz import recipe, short_first, way
 from tests.kernels.lists import kernel
 
 FUNCTIONS = [
@@ -88,6 +89,42 @@ def test_it_tells_what_the_call_does():
             said = {choice.word: choice for choice in sk.explain("spectral_norm", A).choices}
             words = registry.words("cpu", torch.float32, 4)
             assert words.gram_matvec is said["gram_matvec"].fn
+
+
+def test_orthogonalize_by_shape_and_dtype():
+    A = [torch.randn(30, 20), torch.randn(2, 40, 4000), torch.randn(4000, 40)]
+    said = sk.explain("orthogonalize", A)
+    assert said.matrices == 4 and said.blocks == []
+    assert [choice.word for choice in said.choices] == ["gram", "square_add", "multiply_add", "newton_schulz"]
+    text = str(said).splitlines()
+    assert text[:2] == [
+        "orthogonalize: 4 matrices",
+        "  products in float32, divided by the Schatten-4 norm first",
+    ]
+    made, ways = recipe("polar_express"), {}
+    for a in A:  # what the call itself would take
+        gram, restarts, dtype = way(made, short_first(a.view(-1, *a.shape[-2:])))
+        ways[tuple(a.shape[-2:])] = f"method {'gram' if gram else 'standard'}"
+        assert dtype == torch.float32
+        if gram and restarts:
+            ways[tuple(a.shape[-2:])] += f", a new Gram matrix after steps {', '.join(map(str, restarts))}"
+    assert text[2:5] == [f"  {m} x {n}: {ways[m, n]}" for m, n in sorted(ways)]
+    assert ways[30, 20] == "method standard" and ways[40, 4000].startswith("method gram")
+    assert text[5:] == [f"  {choice.word}: served by cpu" for choice in said.choices]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_words_that_multiply_are_served_by_the_dtype_of_products(dtype):
+    products = "float64" if dtype == torch.float64 else "float32"
+    said = sk.explain("orthogonalize", torch.randn(20, 30).to(dtype))
+    assert f"products in {products}" in str(said) and {choice.backend for choice in said.choices} == {"cpu"}
+    step = sk.explain("spectral_step_", torch.randn(20, 30).to(dtype))
+    assert f"\n  direction orthogonalize: products in {products}\n" in str(step)
+    served = {choice.word: choice for choice in step.choices}
+    for word in ("multiply_update_", "newton_schulz"):
+        assert served[word].fn is registry.choose(word, "cpu", getattr(torch, products), 1).fn
+    with sk.force("reference"):
+        assert {choice.backend for choice in sk.explain("orthogonalize", torch.randn(3, 4)).choices} == {"reference"}
 
 
 def test_lists_and_empty_lists():

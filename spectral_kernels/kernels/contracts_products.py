@@ -4,6 +4,8 @@ Conventions are those of contracts.py; besides
 * X is oriented with the shorter side first, m <= n, by its caller; any strides. Symmetric matrices are (k, m, m).
 * `dtype` is what products are computed in: operands are rounded to it, sums are accumulated in `acc_dtype(dtype)` and
   rounded to it once. Neighbours in a list do not touch each other; zero rows and columns stay exactly zero.
+* Bits are the same run to run for a fixed number of threads and a fixed list; libraries of matrix products may sum in
+  another order otherwise.
 * "Symmetric" results: half the tiles are computed and mirrored, exactly; where whole products are faster (CPUs, small
   matrices), up to rounding.
 * factor (N, 2) of acc_dtype(dtype), or None: X is multiplied by both numbers, one after the other, before it is

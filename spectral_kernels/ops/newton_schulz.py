@@ -121,7 +121,8 @@ def norms(stacks: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]
     largest = torch.cat([amax(x) for x in stacks])
     if dtype != torch.float16 and bool_on_host((largest > SAFE[0]) & (largest < SAFE[1])):
         return torch.ones_like(largest), largest  # the usual case, without the small operations below
-    scale = safe_scale(largest, torch.float32 if dtype != torch.float64 else dtype)
+    wide = dtype == stacks[0].dtype == torch.float64  # norms are summed in acc of the stacks
+    scale = safe_scale(largest, torch.float64 if wide else torch.float32)
     if dtype == torch.float16:  # its own window is narrow: always to amax near 1
         usable = torch.isfinite(largest) & (largest > 0)
         exponent = torch.frexp(torch.where(usable, largest, 1)).exponent.clamp(-126, 126)

@@ -13,7 +13,7 @@ from ..kernels.contracts_products import triples
 from . import arguments, newton_schulz, opaque, triplet
 from .arguments import ragged
 from .estimate import full_precision
-from .exact import amax, power, unit_svd
+from .exact import amax, exponents, power, unit_svd
 from .newton_schulz import Recipe, frobenius, inverse, iterate, norms, short_first
 from .norm import norms64
 from .schedules import Schedule
@@ -45,10 +45,10 @@ def orthogonalize(
     says which; `spectral-kernels schedules` lists them). steps: how many, by the schedule's own rule. A combination of
     schedule, steps, method and dtype that could flip a sign or diverge is refused (sk.schedules.validate).
     method: "standard" X <- aX + (bA + cA^2)X, A = XX'; "gram" iterates on the m x m matrix XX' of the shorter side,
-    for wide or tall matrices; "svd" is exact, f = 1 (0 for a zero), in float64; "auto" chooses between the first two.
-    normalizer: what G is divided by first, so that singular values lie in (0, 1]: "frobenius", "schatten4" (the root of
-    ||GG'||_F, never smaller than the largest singular value nor larger than the Frobenius norm, no further read; this
-    is "auto"), or "spectral", the estimated norm, raised by 1 % (a few reads).
+    for wide or tall matrices; "svd" is exact, f = 1 (0 for values that are rounding), in float64; "auto" chooses
+    between the first two. normalizer: what G is divided by first, so that singular values lie in (0, 1]: "frobenius",
+    "schatten4" (the root of ||GG'||_F, never smaller than the largest singular value nor larger than the Frobenius
+    norm, no further read; this is "auto"), or "spectral", the estimated norm, raised by 1 % (a few reads).
     compute_dtype: of the products; None: G's dtype, float32 for half inputs on CPUs. Scales do not matter, entries of
     1e-38 and 1e38 included: powers of two give the same bits. A matrix with NaN or infinite entries becomes NaN, alone;
     a zero matrix stays zero.
@@ -107,21 +107,27 @@ def _orthogonalize(
         made = Recipe(Schedule("given", tuple(triples(coefficients))), method, normalizer, compute_dtype)
         dtype = newton_schulz.products_dtype(made, stacks[0].dtype, stacks[0].device.type)
         X = [short_first(a) for a in stacks]
+        unit: Tensor | None = None
+        if stacks[0].dtype == torch.float64 != dtype:  # entries may lie beyond the range of the products
+            unit = exponents(torch.cat([amax(x) for x in X]))
+            X = [power(x, e[:, None, None]) for x, e in zip(X, unit.split([x.shape[0] for x in X]), strict=True)]
         scale, largest = norms(X, dtype)
         divisor = _divisor(X, scale, largest, normalizer, dtype, seed)
         out, used = iterate(made, X, torch.stack((scale, inverse(divisor)), 1))
         norm = 1 / used[:, 0] / used[:, 1]
+        if unit is not None:
+            norm = power(norm, -unit)
         usual = torch.isfinite(largest) & (largest > 0)
         bad: Tensor | None = None
         if not newton_schulz.bool_on_host(usual):
             bad, norm = ~torch.isfinite(largest), torch.where(usual, norm, largest)
         results, first = [], 0
-        for a, x, y in zip(stacks, X, out, strict=True):
+        for a, y in zip(stacks, out, strict=True):
             k = a.shape[0]
             y = y.to(a.dtype)
             if bad is not None:
                 y = y.masked_fill(bad[first : first + k, None, None], torch.nan)
-            results.append((y if x is a else y.mT).contiguous())
+            results.append((y if y.shape == a.shape else y.mT).contiguous())
             first += k
         return results, norm
 
@@ -144,9 +150,14 @@ def _by_svd(A: Tensor) -> tuple[Tensor, Tensor]:
     if A.numel() == 0:
         return A.new_zeros(A.shape), A.new_zeros(A.shape[0], dtype=torch.float64)
     U, S, Vh, e, finite = unit_svd(A)
-    x = (U * (S > 0)[:, None]) @ Vh
+    x = (U * (_kept(S, A) > 0)[:, None]) @ Vh
     norm = torch.where(finite, power(S[:, 0], -e), amax(A))
     return torch.where(finite[:, None, None], x, torch.nan).to(A.dtype).contiguous(), norm
+
+
+def _kept(S: Tensor, A: Tensor) -> Tensor:
+    """Singular values, zero where they are rounding: at most max(m, n) eps of the largest."""
+    return torch.where(S > max(A.shape[1:]) * torch.finfo(S.dtype).eps * S[:, :1], S, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- derivative
@@ -197,7 +208,8 @@ def _normalizer(X: Tensor, normalizer: str, seed: int) -> tuple[Tensor, Tensor]:
         k, m, n = X.shape
         return values[:, None, None] * margin, u.view(k, m, 1) * v.view(k, 1, n) * margin
     gram = X @ X.mT
-    norm = torch.linalg.matrix_norm(gram)[:, None, None] ** 0.5
+    # in float64: squares of squares may leave the range of float32
+    norm = torch.linalg.vector_norm(gram, dim=(1, 2), dtype=torch.float64).sqrt().to(X.dtype)[:, None, None]
     return norm, gram @ X / norm**3
 
 
@@ -207,6 +219,7 @@ def _polar_pull_back(A: Tensor, H: Tensor) -> Tensor:
     Between the null space and itself it is taken as zero.
     """
     U, S, Vh, e, finite = unit_svd(A)
+    S = _kept(S, A)
     H = H.double()
     UH = U.mT @ H
     P = UH @ Vh.mT
