@@ -56,7 +56,8 @@ class NewtonSchulz:
             "compute_dtype": compute_dtype,
             "seed": seed,
         }
-        orthogonalize(torch.ones(1, 1), **self.options)  # wrong ones are refused here, not at the first step
+        # wrong ones are refused here, not at the first step
+        orthogonalize(torch.ones(1, 1, device="cpu"), **self.options)
         self.calls = 0
         self.matrices = 0
 

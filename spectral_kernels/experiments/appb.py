@@ -124,7 +124,7 @@ def lines(records: Sequence[Record], quantity: str, place: int = 0) -> list[Line
 
 def text(records: Sequence[Record]) -> str:
     parts = []
-    for group in runs.groups(records, "data", "seed", "steps").values():
+    for group in runs.groups(records, "crc", "seed", "steps").values():
         parts.append(f"**{runs.title(group)}.**")
         parts += [table(lines(group, quantity), words) for quantity, words in CLAIMS.items()]
         leading = [

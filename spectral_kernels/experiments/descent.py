@@ -94,8 +94,9 @@ class _Packaged:
         if optimizer == "spectral":
             self.optimizer = SpectralOptimizer(groups, rule="none", momentum=0.0)
         elif optimizer == "muon":
-            options = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "adjust_lr_fn": "none"}
-            self.optimizer = Muon(groups, schedule="polar_express", **options)
+            self.optimizer = Muon(
+                groups, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn="none", schedule="polar_express"
+            )
         else:
             raise ValueError(f"unknown optimizer {optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
         self.rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Fig. 2: under the spectral condition features and weights move by as much at every width; in the NTK limit they freeze.
+"""Fig. 2: features and weights move by as much at every width under the spectral condition, and freeze under NTP.
 
 Networks n_0-n-n-1 without biases, ReLU, trained by full-batch gradient descent on 200 images of two classes with
 targets of -1 and +1, at widths n, under muP, NTP and SP. At the end:
@@ -87,7 +87,10 @@ def _losses(by_line: dict[str, list[Record]]) -> str:
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:
-    for title, by_line in list(trainings.blocks(records))[-1:]:
-        for axes, (axis, words) in zip(plots.panels(figure, 4), AXES.items(), strict=True):
+    """A row of four panels per number of steps and set of images."""
+    blocks = list(trainings.blocks(records))
+    panels = plots.panels(figure, 4 * len(blocks))
+    for i, (_, by_line) in enumerate(blocks):
+        for axes, (axis, words) in zip(panels[4 * i : 4 * i + 4], AXES.items(), strict=True):
             plots.against_width(axes, [lines(found, axis) for found in by_line.values()], words)
-        figure.suptitle(f"{title}; trials vary the initialization only", fontsize=8)
+    figure.suptitle("; ".join([*(title for title, _ in blocks), trainings.VARY]), fontsize=8)

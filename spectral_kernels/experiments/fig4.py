@@ -2,7 +2,7 @@
 
     ||W||_2 / (||W^0||_2 + ||W - W^0||_2)   and   E ||h|| / (||h^0|| + ||h - h^0||)
 
-at the end of the trainings of Fig. 2, for every layer: at most 1, and no decay with the width is what the paper assumes.
+at the end of the trainings of Fig. 2, for every layer: at most 1, and the paper assumes no decay with the width.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def lines(found: Sequence[Record]) -> list[Line]:
 def text(records: Sequence[Record]) -> str:
     return "\n\n".join(
         f"**{title}.**\n\n" + table([one for found in by_line.values() for one in lines(found)], "line, layer")
-        for title, by_line in trainings.blocks(records)
+        for title, by_line in trainings.blocks(records, shared=True)
     )
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:
-    for title, by_line in list(trainings.blocks(records))[-1:]:
-        for axes, (name, found) in zip(plots.panels(figure, len(by_line)), by_line.items(), strict=True):
-            plots.against_width(axes, lines(found), LINES[name].title)
-            axes.set_ylim(0.1, 1.3)
-        figure.suptitle(f"{title}; trials vary the initialization only", fontsize=8)
+    title, by_line = trainings.widest(records)
+    for axes, (name, found) in zip(plots.panels(figure, len(by_line)), by_line.items(), strict=True):
+        plots.against_width(axes, lines(found), LINES[name].title)
+        axes.set_ylim(0.1, 1.3)
+    figure.suptitle(f"{title}; {trainings.VARY}", fontsize=8)

@@ -37,14 +37,14 @@ def text(records: Sequence[Record]) -> str:
     """1 / sqrt(2) = 0.707."""
     return "\n\n".join(
         f"**{title}.**\n\n" + table([one for found in by_line.values() for one in lines(found)], "line, layer, when")
-        for title, by_line in trainings.blocks(records)
+        for title, by_line in trainings.blocks(records, shared=True)
     )
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:
-    for title, by_line in list(trainings.blocks(records))[-1:]:
-        for axes, (name, found) in zip(plots.panels(figure, len(by_line)), by_line.items(), strict=True):
-            plots.against_width(axes, lines(found), LINES[name].title)
-            axes.axhline(EXPECTED, color="black", linestyle=":", linewidth=1)
-            axes.set_ylim(0.3, 1.3)
-        figure.suptitle(f"{title}; trials vary the initialization only; dotted: 1/√2", fontsize=8)
+    title, by_line = trainings.widest(records)
+    for axes, (name, found) in zip(plots.panels(figure, len(by_line)), by_line.items(), strict=True):
+        plots.against_width(axes, lines(found), LINES[name].title)
+        axes.axhline(EXPECTED, color="black", linestyle=":", linewidth=1)
+        axes.set_ylim(0.3, 1.3)
+    figure.suptitle(f"{title}; {trainings.VARY}; dotted: 1/√2", fontsize=8)

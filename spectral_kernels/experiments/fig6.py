@@ -35,13 +35,13 @@ def lines(found: Sequence[Record]) -> list[Line]:
 def text(records: Sequence[Record]) -> str:
     return "\n\n".join(
         f"**{title}.**\n\n" + table([one for found in by_line.values() for one in lines(found)], "line, when")
-        for title, by_line in trainings.blocks(records)
+        for title, by_line in trainings.blocks(records, shared=True)
     )
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:
-    for title, by_line in list(trainings.blocks(records))[-1:]:
-        (axes,) = plots.panels(figure, 1)
-        figure.set_size_inches(5, 3.4)
-        plots.against_width(axes, [one for found in by_line.values() for one in lines(found)], "own part of the update")
-        figure.suptitle(f"{title}; trials vary the initialization only", fontsize=8)
+    title, by_line = trainings.widest(records)
+    (axes,) = plots.panels(figure, 1)
+    figure.set_size_inches(5, 3.4)
+    plots.against_width(axes, [one for found in by_line.values() for one in lines(found)], "own part of the update")
+    figure.suptitle(f"{title}; {trainings.VARY}", fontsize=8)

@@ -1,4 +1,4 @@
-"""The gradients of Figs. 1 and 3: n_0-300-300-n_L, one gradient of layer 2 at every batch size, initialized and trained.
+"""The gradients of Figs. 1 and 3: n_0-300-300-n_L, one gradient of layer 2 per batch size, initialized and trained.
 
 Parametrization 1 times sqrt(2); the paper names neither its initial scale nor its batch sizes. Every trial draws its
 own weights and batches.
@@ -24,6 +24,7 @@ WIDTH, TRIALS, STEPS, RATE = 300, 10, 200, 0.1
 BATCHES = tuple(2**i for i in range(11))
 SCHEME = "spectral"
 TRAINING_BATCH = 128
+IMAGES = 5000  # of a larger file: the first ones
 MEASURED = ("stable rank", "alignment", "rank H", "rank G")
 
 
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace, name: str, table: runs.Table, draw: runs.Draw)
     with runs.study(args, NAME) as study:
         images = study.images
         assert images is not None
+        images = images._replace(inputs=images.inputs[:IMAGES], labels=images.labels[:IMAGES])
         for width, activation in runs.pairs(sorted(set(args.widths)), network.ACTIVATIONS):
             key = {"activation": activation, "width": width, "steps": args.steps}
             with study.bar(f"{activation}, width {width}", args.steps) as tick:
@@ -127,7 +129,7 @@ def largest(values: list[float]) -> float:
 
 
 def blocks(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
-    for group in runs.groups(records, "data", "seed", "width", "steps").values():
+    for group in runs.groups(records, "crc", "seed", "width", "steps").values():
         shown = runs.title(group).replace(f"{group[0]['steps']} steps", f"{group[0]['steps']} steps for trained ones")
         yield f"{shown}, width {group[0]['width']}", group
 

@@ -53,7 +53,7 @@ def init_stds(scheme: str, sizes: Sequence[int]) -> list[float]:
 
 
 def sgd_factors(scheme: str, sizes: Sequence[int]) -> list[float]:
-    """What the base rate of SGD is multiplied with: m / n; ntp: 1 / n [paper]; sp: ntp's at width 64, at any width [ours]."""
+    """What the base rate of SGD is multiplied with: m / n; ntp: 1 / n [paper]; sp: at any width ntp's at 64 [ours]."""
     _check(scheme)
     if scheme == "sp":
         return [1 / sizes[0], *(1 / BASE_WIDTH for _ in sizes[2:])]

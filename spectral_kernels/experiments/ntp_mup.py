@@ -1,16 +1,16 @@
 """Section 5.3: NTP becomes muP by dividing its output by sqrt(n) and multiplying its rate by n, exactly.
 
 Two networks n_0-n-n-1 from the same samples, float64, full-batch gradient descent on 200 images of two classes: one
-under muP, one under NTP with output f / sqrt(n) and rate eta n. After every step the outputs and the weights (of the last
-layer: W_3 / sqrt(n)) are compared. The paper's text scales the rate down; with eta / n the network hardly moves, which
-is measured beside it. At n = 1 muP and NTP are the same.
+under muP, one under NTP with output f / sqrt(n) and rate eta n. After every step outputs and weights (the last
+layer's as W_3 / sqrt(n)) are compared. The paper's text scales the rate down; with eta / n the network hardly moves:
+measured beside it. At n = 1 muP and NTP are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,17 +89,24 @@ def _difference(mup: list[Tensor], ntp: list[Tensor], x: Tensor, width: int) -> 
     """(T,): the largest relative difference of a weight matrix or of the outputs."""
     scaled = [*ntp[:-1], ntp[-1] / math.sqrt(width)]
     pairs = [*zip(mup, scaled, strict=True), (forward(mup, x).outputs, forward(scaled, x).outputs)]
-    relative = [torch.linalg.matrix_norm(a - b) / torch.linalg.matrix_norm(a) for a, b in pairs]
-    return torch.stack(relative).amax(0)
+    apart = torch.stack([torch.linalg.matrix_norm(a - b) for a, b in pairs])
+    size = torch.stack([torch.linalg.matrix_norm(a) for a, _ in pairs])
+    return (apart / size).where(apart != 0, 0.0).amax(0)  # a dead ReLU's outputs are 0 in both
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Over the trials whose first features were not all zero."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def text(records: Sequence[Record]) -> str:
     parts = []
-    for group in runs.groups(records, "data", "seed", "steps").values():
+    for group in runs.groups(records, "crc", "seed", "steps").values():
         rows = []
         for (width,), found in runs.groups(group, "width").items():
             worst = max(math.inf if r["difference"] is None else r["difference"] for r in found)
-            moved = [sum(r[f"moved {way}"] for r in found) / len(found) for way in ("up", "down")]
+            moved = [_mean(r[f"moved {way}"] for r in found) for way in ("up", "down")]
             start = "yes" if all(r["same start"] for r in found) else "no"
             rows.append(
                 [str(width), f"{worst:.1e}", "yes" if worst <= CLOSE else "no", *map("{:.2g}".format, moved), start]

@@ -3,8 +3,8 @@
     spectral-kernels paper page --results benchmarks/results/paper --docs docs/paper.md --plot docs/figures
     spectral-kernels paper page --results benchmarks/results/paper --docs docs/paper.md --check
 
-Each part stands between <!-- paper:NAME --> and <!-- /paper -->. --check writes nothing and exits with 1 where the page is not
-that of the files.
+Each part stands between <!-- paper:NAME --> and <!-- /paper -->. --check writes nothing and exits with 1
+where the page is not that of the files.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import sys
 import time
@@ -58,7 +59,6 @@ def add_arguments(
         "--out", type=Path, default=FOLDER, metavar="DIR",
         help=f"for results and pictures; finished runs in it stay and are not run again (default {FOLDER})",
     )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -78,7 +78,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 class Results(studies.Results):
     """Records of experiments: they hold on every machine, each says on which it was made."""
 
-    SAME = ()
+    SAME: tuple[str, ...] = ()  # type: ignore[assignment]
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.path = path
@@ -91,14 +91,15 @@ class Study:
     """One call of an experiment: its images, its result file, and what of it is asked for."""
 
     def __init__(self, args: argparse.Namespace, name: str, *, images: data.Images | None = None) -> None:
-        if args.device == "cuda" and not torch.cuda.is_available():
+        device = getattr(args, "device", "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: torch finds none here")
         if args.out.exists() and not args.out.is_dir():
             raise InputError(f"--out {args.out}: is not a folder")
         self.args, self.images, self.name = args, images, name
         path = args.out / f"{name}.json"
         try:
-            self.results = Results(path, args.device)
+            self.results = Results(path, device)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a result file ({error})") from None
         except OSError as error:
@@ -126,7 +127,7 @@ class Study:
     def _common(self) -> dict[str, Any]:
         common: dict[str, Any] = {"seed": self.args.seed}
         if self.images is not None:
-            common |= {"data": self.images.key, "images": self.images.name}
+            common |= {"crc": self.images.key, "images": self.images.name}
         return common
 
     def _where(self) -> dict[str, Any]:
@@ -201,19 +202,22 @@ def title(records: Sequence[Record]) -> str:
     trials = len({record["trial"] for record in records})
     parts.append(f"{trials} trials" if trials != 1 else "1 trial")
     machines = sorted({record["machine"] for record in records})
-    return ", ".join([*parts, *(f"`{machine}`" for machine in machines)])
+    return ", ".join([*parts, *machines])
 
 
 def picture(records: Sequence[Record], draw: Draw, path: Path) -> None:
     """Draw into a PNG; matplotlib without a display."""
     try:
         from matplotlib.figure import Figure
+        from PIL import Image  # matplotlib brings it
     except ImportError:
         raise InputError("pictures need the package matplotlib: pip install 'spectral-kernels[paper]'") from None
     figure = Figure(layout="constrained")
     draw(records, figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
 
 
 def pairs(*options: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -1,8 +1,8 @@
 """Table 1: one scaling in four measures, for weights at initialization and for one update.
 
-Networks n_0-n-n-1 under muP, full batch, one gradient step: stable rank, spectral norm, Frobenius norm and RMS entry of W
-and dW in layers 2 (n x n) and 3 (1 x n), as exponents in the width. Beside them, per layer, what Eqs. 19 and 20 say of
-the gradient: <dW, grad W> is Theta(1), ||grad W||_2 is Theta(sqrt(n / m)). The step is that of a network whose initial
+Networks n_0-n-n-1 under muP, full batch, one gradient step: stable rank, spectral norm, Frobenius norm and RMS entry of
+W and dW in layers 2 (n x n) and 3 (1 x n), as exponents in the width. Beside them, per layer, Eqs. 19 and 20:
+<dW, grad W> is Theta(1), ||grad W||_2 is Theta(sqrt(n / m)). The step is that of a network whose initial
 outputs are subtracted: under muP they vanish like 1 / sqrt(n), and at these widths would still hide the limit.
 """
 
@@ -91,12 +91,12 @@ def lines(records: Sequence[Record]) -> list[Line]:
 def text(records: Sequence[Record]) -> str:
     return "\n\n".join(
         f"**{runs.title(group)}, one step from the initialization.**\n\n{table(lines(group))}"
-        for group in runs.groups(records, "data", "seed").values()
+        for group in runs.groups(records, "crc", "seed").values()
     )
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:
-    group = list(runs.groups(records, "data", "seed").values())[-1]
+    group = list(runs.groups(records, "crc", "seed").values())[-1]
     panels = plots.panels(figure, 3)
     found = lines(group)
     for axes, words in zip(panels, ("W", "ΔW", "Eq"), strict=True):

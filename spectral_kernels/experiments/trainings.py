@@ -43,11 +43,13 @@ LINES = {
     "adam": Kind("mup", "adam", 0.02, "Adam, Condition 1 rates"),
     "adam-plain": Kind("mup", "adam plain", 0.02, "Adam, one rate"),
 }
+VARY = "trials vary the initialization only"
 BY_DEFAULT = ("mup", "ntp", "sp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_arguments(parser, widths=WIDTHS, steps=STEPS, trials=TRIALS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument(
         "--lines", nargs="+", choices=LINES, default=list(BY_DEFAULT), metavar="LINE",
         help=f"some of {', '.join(LINES)} (default {' '.join(BY_DEFAULT)})",
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace, name: str, table: runs.Table, draw: runs.Draw)
     with runs.study(args, NAME, two_classes=True) as study:
         images = study.images
         assert images is not None
-        for width, line in runs.pairs(sorted(set(args.widths)), args.lines):
+        for width, line in runs.pairs(sorted(set(args.widths)), dict.fromkeys(args.lines)):
             key = {"line": line, "rate": LINES[line].rate, "width": width, "steps": args.steps}
             with study.bar(f"{LINES[line].title}, width {width}", args.steps) as tick:
                 options = {"seed": args.seed, "device": args.device, "tick": tick}
@@ -139,11 +141,21 @@ def order(line: str) -> int:
     return list(LINES).index(line)
 
 
-def blocks(records: Sequence[Record]) -> Iterator[tuple[str, dict[str, list[Record]]]]:
-    """Per set of images and number of steps: a title, and the records of every line in the order of LINES."""
-    for group in runs.groups(records, "data", "seed", "steps").values():
+def blocks(records: Sequence[Record], *, shared: bool = False) -> Iterator[tuple[str, dict[str, list[Record]]]]:
+    """Per set of images and number of steps: a title, and the records of every line in the order of LINES.
+
+    shared: only the lines of gradient descent, of which the paper's assumptions speak, where there are any.
+    """
+    if shared:
+        records = [r for r in records if r["line"] in BY_DEFAULT] or records
+    for group in runs.groups(records, "crc", "seed", "steps").values():
         by_line = {line: found for (line,), found in runs.groups(group, "line").items()}
         yield runs.title(group), {line: by_line[line] for line in sorted(by_line, key=order)}
+
+
+def widest(records: Sequence[Record]) -> tuple[str, dict[str, list[Record]]]:
+    """The block with most trainings, which Figs. 4 to 6 draw."""
+    return max(blocks(records, shared=True), key=lambda block: sum(map(len, block[1].values())))
 
 
 def stacking_gain(images: Images, width: int, trials: int, steps: int) -> float:

@@ -3,10 +3,11 @@
 Networks n_0-n-n-n_L, full batch, SGD and Adam, on a grid of rates 2^k, all rates of a trial in one stack:
 
     condition   initial sizes of muP, rates of Condition 1: eta m / n for SGD, eta / n for Adam
-    SP          std sqrt(2 / n), one rate for all layers and widths
+    SP          std sqrt(2 / n), one rate for all layers and widths (SGD: layer 1's is divided by n_0, as if the inputs
+                were by sqrt(n_0); otherwise it limits the rate at all widths below n_0, and hides the others)
 
-The best rate has the lowest training loss after --steps steps, geometric mean over the trials; a rate at which any trial
-diverged is none. The shift is counted in places of the grid between the narrowest and the widest network.
+The best rate has the lowest training loss after --steps steps, geometric mean over the trials; where any trial diverged
+it is infinite. The shift is counted in places of the grid between the narrowest and the widest network.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "sgd": Method("sgd", "mup", range(-8, 5), "SGD, Condition 1", True),
-    "sgd-sp": Method("sgd", "sp", range(-14, -1), "SGD, SP", False),
+    "sgd-sp": Method("sgd", "sp", range(-12, 1), "SGD, SP", False),
     "adam": Method("adam", "mup", range(-8, 5), "Adam, Condition 1", True),
     "adam-sp": Method("adam", "sp", range(-17, -4), "Adam, SP", False),
 }
@@ -81,7 +82,9 @@ def trained(
         weights[0] = weights[0] @ basis.mT
     weights = [W.repeat_interleave(len(method.grid), 0) for W in weights]  # (T rates, m, n)
     rates = torch.tensor([2.0**k for k in method.grid]).repeat(len(trials))
-    scale = [1.0] * 3 if method.scheme == "sp" else factors(method.optimizer, method.scheme, sizes)
+    scale = factors(method.optimizer, method.scheme, sizes)
+    if method.scheme == "sp":
+        scale = [1 / sizes[0] if method.optimizer == "sgd" else 1.0, 1.0, 1.0]
     step = update(method.optimizer, weights, [rates * factor for factor in scale])
     last = descend(weights, x, images.targets, step, steps, on_step=tick)[-1].unflatten(0, (len(trials), -1))
     for losses in last:
@@ -103,7 +106,7 @@ def best(found: Sequence[Record]) -> int:
 
 def text(records: Sequence[Record]) -> str:
     parts = []
-    for group in runs.groups(records, "data", "seed", "steps").values():
+    for group in runs.groups(records, "crc", "seed", "steps").values():
         rows, widths = [], sorted({r["width"] for r in group})
         for (name,), found in runs.groups(group, "method").items():
             by_width = {w: [r for r in found if r["width"] == w] for w in widths}
@@ -123,7 +126,7 @@ def text(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:
-    group = list(runs.groups(records, "data", "seed", "steps").values())[-1]
+    group = list(runs.groups(records, "crc", "seed", "steps").values())[-1]
     by_method = runs.groups(group, "method")
     for axes, ((name,), found) in zip(plots.panels(figure, len(by_method)), by_method.items(), strict=True):
         for ((width,), rs), color in zip(runs.groups(found, "width").items(), plots.COLORS, strict=False):

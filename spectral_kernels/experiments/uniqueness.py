@@ -7,8 +7,8 @@ descent. Sizes that must be Theta(1) for the network to be stable and for every 
     ||dW_l h'_{l-1}||_2 / sqrt(n_l)   each layer's own part of the change of its output
 
 The step is that of a network whose initial outputs are subtracted: under muP they vanish like 1 / sqrt(n), and at these
-widths would still hide the limit. Exponents in the width of the one that grows fastest (blows up) and of the one that decays fastest (freezes): only
-delta = 0 does neither.
+widths would still hide the limit. Shown are the exponents in the width of what grows fastest (blows up) and of what
+decays fastest (freezes): only delta = 0 does neither.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def verdict(low: float, high: float) -> str:
 
 def text(records: Sequence[Record]) -> str:
     parts = []
-    for group in runs.groups(records, "data", "seed").values():
+    for group in runs.groups(records, "crc", "seed").values():
         rows, alone = [], True
         for (what, layer), found in runs.groups(group, "what", "layer").items():
             cells = []
@@ -132,7 +132,7 @@ def text(records: Sequence[Record]) -> str:
 
 def draw(records: Sequence[Record], figure: Any) -> None:
     """Two heat maps: the highest exponent, what blows up, and the lowest, what freezes."""
-    group = list(runs.groups(records, "data", "seed").values())[-1]
+    group = list(runs.groups(records, "crc", "seed").values())[-1]
     deltas = sorted({r["delta"] for r in group})
     by_change = runs.groups(group, "what", "layer")
     for place, (axes, words) in enumerate(zip(plots.panels(figure, 2), ("freezes", "blows up"), strict=True)):

@@ -186,7 +186,7 @@ def newton_schulz(
             for i in range(k):
                 if not gone[row + i]:
                     _combine(P[j][i], mine[i], sizes[row + i], decays[row + i])
-    return out, torch.tensor(factors, dtype=torch.float64).view(-1, 2)
+    return out, torch.tensor(factors, dtype=torch.float64, device="cpu").view(-1, 2)
 
 
 def _units(X: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
@@ -229,7 +229,7 @@ def _scaled(A: Tensor, factors: Sequence[float]) -> Tensor:
     """A times a number per matrix, in place."""
     if A.ndim == 2:
         return A if factors[0] == 1 else A.mul_(factors[0])
-    return A.mul_(torch.tensor(factors, dtype=A.dtype)[:, None, None])
+    return A.mul_(torch.tensor(factors, dtype=A.dtype, device="cpu")[:, None, None])
 
 
 class _Plan:
@@ -251,7 +251,7 @@ class _Plan:
         size = math.prod(shape)
         have = self.kept.get(name)
         if have is None or have.numel() < size:
-            have = self.kept[name] = torch.empty(size, dtype=self.dtype)
+            have = self.kept[name] = torch.empty(size, dtype=self.dtype, device="cpu")
         flat = have[:size]
         *k, m, n = shape
         return flat.view(*k, n, m).mT if turned else flat.view(*shape)
@@ -304,7 +304,7 @@ class _Plan:
             return x.to(self.dtype)
         wide = torch.promote_types(x.dtype, self.dtype)
         shape = (1, 1) if x.ndim == 2 else (-1, 1, 1)
-        return (x.to(wide) * torch.tensor(powers, dtype=wide).view(shape)).to(self.dtype)
+        return (x.to(wide) * torch.tensor(powers, dtype=wide, device="cpu").view(shape)).to(self.dtype)
 
 
 def _shifted(A: Tensor, a: float) -> Tensor:

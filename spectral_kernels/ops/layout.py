@@ -92,6 +92,14 @@ class Layout:
         sides = (second, first) if self.transposed else (first, second)
         return (math.prod(shape[2:]) * self.groups, *sides)
 
+    def check_buffer(self, M: Tensor, shape: Sequence[int]) -> None:
+        """Raise ValueError where this momentum is that of another layout."""
+        if tuple(M.shape) != self.buffer_shape(shape):
+            raise ValueError(
+                f"the momentum_buffer of a parameter of shape {tuple(shape)} has shape {tuple(M.shape)}, its layout "
+                f"needs {self.buffer_shape(shape)}: what a parameter is cannot change once it has a state"
+            )
+
     def buffer_dense(self, M: Tensor) -> Tensor:
         """`dense` of a momentum buffer."""
         return M if self.kind == "conv" else self.dense(M)

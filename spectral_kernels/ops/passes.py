@@ -36,7 +36,7 @@ class Bucket:
 @cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor on the device, sent once: later steps send nothing. Kept for good: captured graphs read it."""
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")  # whatever the default device is
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 

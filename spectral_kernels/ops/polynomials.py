@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .arguments import check_int
+from .arguments import check_choice, check_int
 
 Triple = tuple[float, float, float]
 Array = NDArray[np.float64]
@@ -21,6 +22,17 @@ MOST_STEPS = 99  # as torch.optim.Muon
 OUTPUT_LIMIT = 2.0  # an output beyond it is a divergence: |output| > 1e3 follows within 0.025 for every published list
 
 
+def triple(given: Any) -> Triple:
+    """(a, b, c) as floats; TypeError or ValueError for anything but three finite numbers."""
+    whole = isinstance(given, Sequence) and all(isinstance(x, numbers.Real) for x in given)
+    if not whole or isinstance(given, str):
+        raise TypeError(f"schedule: a step must be a triple of numbers (a, b, c), not {given!r}")
+    if len(given) != 3 or not all(map(math.isfinite, given)):
+        raise ValueError(f"schedule: a step must be three finite numbers (a, b, c), not {tuple(given)}")
+    a, b, c = map(float, given)
+    return a, b, c
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Coefficients of one step after another: s <- s (a + b s^2 + c s^4) on a singular value s.
@@ -28,6 +40,7 @@ class Schedule:
     steps: one triple (a, b, c) per step. tail: how other numbers of steps are made of the list: "exact" (not at all),
     "truncate" (fewer only), "repeat_last" (past the end the last triple again), "cycle" (past the end from the start).
     interval: the inputs it was made for, in units of the normalizer; from 0 where its source states none.
+    ValueError, TypeError: no steps, more than 99, another tail, or steps that are not three finite numbers.
     """
 
     name: str
@@ -37,6 +50,13 @@ class Schedule:
     source: tuple[str, ...] = ()
     paper: str = ""
     note: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("tail", self.tail, TAILS)
+        steps = tuple(map(triple, self.steps))
+        if not 1 <= len(steps) <= MOST_STEPS:
+            raise ValueError(f"schedule must have at least one and at most {MOST_STEPS} steps, not {len(steps)}")
+        object.__setattr__(self, "steps", steps)
 
     def __call__(self, sigma: ArrayLike) -> Array:
         """The output for inputs sigma, float64 of the same shape; inf where it leaves the range of float64."""

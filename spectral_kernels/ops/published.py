@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from .polynomials import MOST_STEPS, Schedule, Triple
+from .polynomials import Schedule, triple
 
 DEFAULT_STEPS = 5  # of a single triple, as torch.optim.Muon
 
@@ -336,22 +335,9 @@ def _custom(given: Any) -> Schedule:
             + (" without entries" if isinstance(given, Sequence) else "")
         )
     if all(isinstance(entry, numbers.Real) for entry in given):
-        triple = _triple(given)
-        return Schedule(str(triple), (triple,) * DEFAULT_STEPS, "repeat_last")
-    triples = tuple(map(_triple, given))
-    if len(triples) > MOST_STEPS:
-        raise ValueError(f"schedule must have at most {MOST_STEPS} steps, not {len(triples)}")
-    return Schedule(f"list of {len(triples)}", triples, "exact")
-
-
-def _triple(given: Any) -> Triple:
-    whole = isinstance(given, Sequence) and all(isinstance(x, numbers.Real) for x in given)
-    if not whole or isinstance(given, str):
-        raise TypeError(f"schedule: a step must be a triple of numbers (a, b, c), not {given!r}")
-    if len(given) != 3 or not all(map(math.isfinite, given)):
-        raise ValueError(f"schedule: a step must be three finite numbers (a, b, c), not {tuple(given)}")
-    a, b, c = map(float, given)
-    return a, b, c
+        one = triple(given)
+        return Schedule(str(one), (one,) * DEFAULT_STEPS, "repeat_last")
+    return Schedule(f"list of {len(given)}", tuple(given))
 
 
 __all__ = ["ALIASES", "DEFAULT_STEPS", "PUBLISHED", "schedule"]

@@ -80,10 +80,11 @@ def prepare(param: Tensor, state: dict[str, Any], layout: Layout, options: Optio
     """
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = layout.buffer(param, dtype or param.dtype)
+    layout.check_buffer(state["momentum_buffer"], param.shape)
     M = layout.buffer_stacks(layout.buffer_dense(state["momentum_buffer"]))
     N = sum(m.shape[0] for m in M)
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     # per matrix: the power of two it was read at (0: never), random blocks drawn so far; clip: what the block missed
     followed = is_tracked(layout, M, options.direction)
     width = 4 if followed and options.direction == "clip" else 2

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..kernels.contracts import INFO
 from ..ops import arguments
-from ..ops.engine import Entry, Outcome, Seat, take
+from ..ops.engine import Entry, Outcome, Seat, seat, take
 from ..ops.layout import Layout
 from ..ops.retract import retract_
 from ..ops.state import Options
@@ -148,21 +148,21 @@ class Stepper(Optimizer):
                     retracted.append((p, state, entry.layout, group["retract"], group["seed"]))
         for (_, nonfinite), (entries, names) in calls.items():
             guard(entries, names, nonfinite, self.error_if_nonfinite)
+        new = []
         for (options, _), (entries, _) in calls.items():
             for entry in entries:
                 if entry.seat is None:
                     self._prepare(entry, options)
+                    entry.seat = seat(entry, options)
+                    new.append(entry)
+        for entry in new:  # nothing is refused from here on
+            assert entry.seat is not None
+            self.state[entry.param], self._seats[entry.param] = entry.state, entry.seat
         self._last = []
         for (options, _), (entries, _) in calls.items():
             if not entries:
                 continue
-            new = [entry for entry in entries if entry.seat is None]
-            for entry in new:
-                self.state[entry.param] = entry.state
             outcome = take(entries, options)
-            for entry in new:
-                assert entry.seat is not None
-                self._seats[entry.param] = entry.seat
             outcome.names.extend(entry.param for entry in entries)
             self._last.append(outcome)
             for part in outcome.parts:

@@ -114,6 +114,8 @@ class Muon(Stepper):
             raise ValueError("Tensor lr must be 1-element")
         for name, words in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
             value = group[name]
+            if not isinstance(value, numbers.Real | Tensor):
+                raise TypeError(f"{name} must be a number, not {type(value).__name__}")
             if isinstance(value, numbers.Real) and not 0.0 <= float(value):
                 raise ValueError(f"{words} should be >= 0 but is: {value}")
         check_rate("lr", group["lr"])
@@ -130,9 +132,9 @@ class Muon(Stepper):
                 arguments.check_choice("retract", group["retract"], scaling.RULES)
             else:
                 arguments.check_number("retract", group["retract"], 0.0, above=True)
-        for beta in group["betas"]:
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"betas must lie in [0, 1), not {tuple(group['betas'])}")
+        if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+            raise ValueError(f"betas must lie in [0, 1), two of them, not {tuple(group['betas'])}")
+        arguments.check_number("adamw_eps", group["adamw_eps"], 0.0)
         _recipe(*_given(group))
 
     def _options(self, group: dict[str, Any]) -> Options:
@@ -165,6 +167,7 @@ class Muon(Stepper):
     def _prepare(self, entry: Entry, options: Options) -> None:
         if "momentum_buffer" not in entry.state:
             entry.state["momentum_buffer"] = entry.layout.buffer(entry.param, entry.param.dtype)
+        entry.layout.check_buffer(entry.state["momentum_buffer"], entry.param.shape)
 
     def _device_of(self, key: str, p: Tensor) -> torch.device:
         return p.device
@@ -225,7 +228,9 @@ class Muon(Stepper):
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             lr = lr.float()  # the only dtype of torch's fused kernels
         for tensors in lists.values():
-            params, grads, means, squares, steps = map(list, zip(*tensors, strict=True))
+            copies: list[tuple[Tensor, Tensor]] = []
+            served = [_side_by_side(mine, copies) for mine in tensors]
+            params, grads, means, squares, steps = map(list, zip(*served, strict=True))
             found = None
             if group["nonfinite"] != "propagate":
                 bad = ~torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf))).all()
@@ -236,6 +241,28 @@ class Muon(Stepper):
                 beta2=group["betas"][1], lr=lr, weight_decay=group["weight_decay"], eps=group["adamw_eps"],
                 maximize=group["maximize"], found_inf=found,
             )  # fmt: skip
+            for strided, dense in copies:
+                strided.copy_(dense)
+
+
+def _side_by_side(
+    tensors: Sequence[Tensor], copies: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Parameter, gradient, moments and step as fused kernels take them: they walk memory, whatever the strides are.
+
+    copies: gains (tensor, contiguous stand-in) for each that has to be written back.
+    """
+    p, grad, mean, square, step = tensors
+    grad = grad.to(p.dtype)
+    four = p, grad, mean, square
+    if all(x.is_contiguous() for x in four):
+        return p, grad, mean, square, step
+    # an empty_like keeps strides only where they leave no gaps
+    if all(x.stride() == p.stride() for x in four) and torch.empty_like(p, device="meta").stride() == p.stride():
+        return p, grad, mean, square, step
+    dense = p.contiguous(), grad.contiguous(), mean.contiguous(), square.contiguous()
+    copies += [(x, d) for x, d in zip((p, mean, square), (dense[0], *dense[2:]), strict=True) if x is not d]
+    return *dense, step
 
 
 def _given(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -107,7 +107,7 @@ ELSEWHERE = {  # arguments that are something else in one kernel
 
 def _wide(name: str, rest: list[str], elements: dict[str, object], hip: bool) -> tuple[Any, dict[str, Any]]:
     """Kernel and options of what serves wide blocks and corrections."""
-    from spectral_kernels.kernels.triton import clip, correction, gram, mixing, wide_read
+    from spectral_kernels.kernels.triton import block_gram, clip, correction, mixing, wide_read
 
     if name == "correct":
         dtype, form = rest
@@ -125,7 +125,7 @@ def _wide(name: str, rest: list[str], elements: dict[str, object], hip: bool) ->
         return mixing.mix_kernel, {**mixing.mix_options(int(rest[0])), "DRAWS": rest[1] == "draws"}
     if name == "statistics":
         return wide_read.statistics_kernel, {"num_warps": 4}
-    return gram.pieces_kernel if name == "pieces" else gram.total_kernel, dict(gram.OPTIONS)
+    return block_gram.pieces_kernel if name == "pieces" else block_gram.total_kernel, dict(block_gram.OPTIONS)
 
 
 def _products(name: str, rest: list[str], elements: dict[str, object], hip: bool) -> tuple[Any, dict[str, Any], Any]:

@@ -491,5 +491,22 @@ def test_noise_is_that_of_rank_one():
             assert noise < 4 * one.slope * arithmetic.ROUNDOFF[dtype]
 
 
+@pytest.mark.parametrize(
+    ("steps", "tail", "error"),
+    [
+        ((), "exact", ValueError), (((1.5, -0.5, 0.0),) * 100, "exact", ValueError),
+        (((1.5, -0.5),), "exact", ValueError), (((1.5, math.nan, 0.0),), "exact", ValueError),
+        ((1.5, -0.5, 0.0), "exact", TypeError), (((1.5, -0.5, 0.0),), "repeat", ValueError),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_is_none(steps, tail, error):
+    with pytest.raises(error, match="schedule|tail"):
+        Schedule("mine", steps, tail)
+
+
+def test_a_schedule_of_lists():
+    assert Schedule("mine", [[1.5, -0.5, 0], [2, -1.5, 0.5]]).steps == ((1.5, -0.5, 0.0), (2.0, -1.5, 0.5))
+
+
 def test_the_module_names_what_is_public():
     assert all(hasattr(schedules, name) for name in schedules.__all__)

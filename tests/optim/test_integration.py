@@ -340,12 +340,13 @@ def test_a_step_of_muon_asks_the_device_for_nothing_and_sends_nothing(options, o
 def test_a_schedule_that_is_unsafe_in_a_device_s_dtype_is_refused_before_anything_moves(on_meta):
     """Products of bfloat16 parameters are float32 on CPUs, bfloat16 on what is treated as a GPU."""
     p = nn.Parameter(torch.empty((12, 9), dtype=torch.bfloat16, device="meta"))
-    p.grad = torch.empty_like(p)
-    before = p._version
-    opt = Muon([p], schedule="cubic5")
+    q = nn.Parameter(torch.empty(12, 9, device="meta"))
+    p.grad, q.grad = torch.empty_like(p), torch.empty_like(q)
+    before = p._version, q._version
+    opt = Muon([{"params": [q]}, {"params": [p], "schedule": "cubic5"}])
     with pytest.raises(ValueError, match="'cubic5' is not safe.*bfloat16"):
         opt.step()
-    assert p._version == before and opt.state[p]["momentum_buffer"]._version == 0
+    assert (p._version, q._version) == before and len(opt.state) == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": True, "retract": "rms_to_rms"}, *OPTIONS[-2:]], ids=str)

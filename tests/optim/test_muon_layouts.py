@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import spectral_kernels as sk
-from spectral_kernels.optim import Muon
+from spectral_kernels.ops import passes
+from spectral_kernels.optim import Muon, SpectralOptimizer
 from tests.optim.polar import distance, polar
 from tests.optim.test_spectral import parameter
 from tests.optim.textbook import same
@@ -211,3 +212,35 @@ def test_a_transformer_s_worth_of_shapes_in_one_step():
     for p in params:
         G, step = (x.flatten(1) if x.ndim == 4 else x for x in (p.grad, -p.detach()))
         assert distance(step, polar(G)) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (4, 4, 2, 2)])
+def test_what_a_parameter_is_cannot_change_once_it_has_a_state(shape):
+    for first, second in ((None, False), (False, None)):
+        p = parameter(*shape)
+        opt = Muon([p], flatten=first)
+        opt.step()
+        before = p.detach().clone()
+        opt.param_groups[0]["flatten"] = second
+        with pytest.raises(ValueError, match="momentum_buffer .* its layout needs"):
+            opt.step()
+        assert same(before, p.detach())
+
+
+def test_cpu_parameters_under_another_default_device():
+    """Tables of numbers lie where they are used, whatever the default device is."""
+    passes.constant.cache_clear()
+    results = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        params = [parameter(*s) for s in ((11, 5), (3, 5, 11), (6, 2, 3, 3), (300, 20))]
+        readout = parameter(7, 5, dtype=torch.float32)
+        steps = Muon([{"params": params}, {"params": [readout], "algorithm": "adamw"}], num_heads=1, lr=0.1)
+        tracked = SpectralOptimizer([twin := nn.Parameter(params[0].detach().clone())], lr=0.1)
+        twin.grad = params[0].grad.clone()
+        with torch.device(device):
+            steps.step(), tracked.step()
+            results.append([*params, readout, twin, sk.orthogonalize(params[1].detach())])
+            sk.integrations.NewtonSchulz()
+        passes.constant.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

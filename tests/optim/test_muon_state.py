@@ -247,3 +247,51 @@ def test_an_embedding_in_a_group_for_adamw():
     assert [i for i in range(10) if moved[i] > 1e-6] == [1, 4] and not torch.equal(head.weight, matrix)
     assert float(moved[[1, 4]].min()) > 0.05
     assert int(opt.orthogonalized) == 1
+
+
+def dense(x):
+    """In memory of its own, without gaps, by rows."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+LAYOUTS = {
+    "gradient by columns": (lambda w: w, lambda g: dense(g.mT).mT),
+    "parameter by columns": (lambda w: dense(w.mT).mT, lambda g: g),
+    "both by columns": (lambda w: dense(w.mT).mT, lambda g: dense(g.mT).mT),
+    "part of a buffer": (lambda w: torch.cat([w, w], -1)[..., : w.shape[-1]], lambda g: g),
+    "expanded gradient": (lambda w: w, lambda g: g[..., :1].expand(g.shape)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_adamw_whatever_the_strides_are(name):
+    """torch's fused kernels walk memory: they pair other entries where strides differ, and write into gaps."""
+    place, lay = LAYOUTS[name]
+    start = torch.randn(3, 5, 7)
+    p, q = nn.Parameter(place(start)), nn.Parameter(dense(start))
+    whole = torch.as_strided(p.detach(), (p.untyped_storage().size() // 4,), (1,), 0)
+    inside = torch.zeros_like(whole, dtype=torch.bool)
+    torch.as_strided(inside, p.shape, p.stride(), 0).fill_(True)
+    rest = whole[~inside].clone()
+    mine, theirs = Muon([p], algorithm="adamw"), torch.optim.AdamW([q], betas=(0.9, 0.95), weight_decay=0.1)
+    for i in range(3):
+        g = torch.randn(3, 5, 7)
+        p.grad, q.grad = lay(g), dense(lay(g))
+        mine.step(), theirs.step()
+        if i == 1:  # a checkpoint keeps strides
+            mine.state[p]["exp_avg"] = dense(mine.state[p]["exp_avg"].mT).mT
+    torch.testing.assert_close(p.detach(), q.detach())
+    torch.testing.assert_close(mine.state[p]["exp_avg_sq"], theirs.state[q]["exp_avg_sq"])
+    assert torch.equal(whole[~inside], rest)
+
+
+def test_adamw_with_gradients_of_another_dtype():
+    p = nn.Parameter(torch.randn(5, 7).bfloat16())
+    q = nn.Parameter(p.detach().clone())
+    p.grad_dtype = torch.float32
+    q.grad = torch.randn(5, 7).bfloat16()
+    p.grad = q.grad.float()
+    step = [Muon([x], algorithm="adamw") for x in (p, q)]
+    for opt in step:
+        opt.step()
+    assert torch.equal(p, q)

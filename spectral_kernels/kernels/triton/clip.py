@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..contracts import INFO_COLUMNS, left_out
 from ..contracts import NEW_ENERGY as ENERGY
-from .gram import gram
+from .block_gram import gram
 from .jacobi import jacobi
 from .mixing import FIELDS, Mixer, order_of, small_options
 from .ragged import on

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_gram import gram
 from .draws import draw_key, normal, signed_base
-from .gram import gram
 from .ragged import Table, on, table
 from .wide_read import heights
 

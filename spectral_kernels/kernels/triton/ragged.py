@@ -44,7 +44,7 @@ def table(key: Hashable, device: torch.device, build: Callable[[], tuple[list[in
             _captured.add(found.tensor)
         return found
     entries, sizes = build()
-    host = torch.tensor(entries, dtype=torch.int64)
+    host = torch.tensor(entries, dtype=torch.int64, device="cpu")  # whatever the default device is
     if device.type == "cpu":
         made = Table(host, sizes)
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..contracts import counts, sides
 from . import one_read
-from .gram import gram
+from .block_gram import gram
 from .momentum_tile import gradient, load
 from .one_read import ALIGNED, BLOCK_LIMIT, ELEMENTS, HIP, M_AT, N_AT, V_AT, Y_AT, Momentum, by_columns, form_of
 from .ragged import on, table
