@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from unittest import mock
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    # Triton decides at its first import whether its library of functions is interpreted, and torch's test helpers,
+    # which some modules of tests import before others, import it too.
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        importlib.import_module("triton.language")
 
 try:
     from hypothesis import settings

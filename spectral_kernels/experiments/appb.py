@@ -40,15 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with runs.study(args, FILE, two_classes=True) as study:
-        images = study.images
-        assert images is not None
-        for width, optimizer in runs.pairs(sorted(set(args.widths)), OPTIMIZERS):
-            key = {"optimizer": optimizer, "rate": OPTIMIZERS[optimizer], "width": width, "steps": args.steps}
-            with study.bar(f"{optimizer}, width {width}", args.steps) as tick:
-                options = {"seed": args.seed, "tick": tick}
-                study.fill(key, args.trials, partial(measured, images, optimizer, width, args.steps, **options))
-        return study.finish(FILE, text, draw)
+    study = runs.study(args, FILE, two_classes=True)
+    images = study.images
+    for width, optimizer in runs.pairs(sorted(set(args.widths)), OPTIMIZERS):
+        key = {"optimizer": optimizer, "rate": OPTIMIZERS[optimizer], "width": width, "steps": args.steps}
+        with study.bar(f"{optimizer}, width {width}", args.steps) as tick:
+            options = {"seed": args.seed, "tick": tick}
+            study.fill(key, args.trials, partial(measured, images, optimizer, width, args.steps, **options))
+    return study.finish(FILE, text, draw)
 
 
 @torch.no_grad()

@@ -34,19 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, name: str, table: runs.Table, draw: runs.Draw) -> int:
     """The gradients that the file does not hold, of both activations, then the figure `name`."""
-    with runs.study(args, NAME) as study:
-        images = study.images
-        assert images is not None
-        images = images._replace(inputs=images.inputs[:IMAGES], labels=images.labels[:IMAGES])
-        for width, activation in runs.pairs(sorted(set(args.widths)), network.ACTIVATIONS):
-            key = {"activation": activation, "width": width, "steps": args.steps}
-            with study.bar(f"{activation}, width {width}", args.steps) as tick:
+    study = runs.study(args, NAME)
+    images = study.images
+    images = images._replace(inputs=images.inputs[:IMAGES], labels=images.labels[:IMAGES])
+    for width, activation in runs.pairs(sorted(set(args.widths)), network.ACTIVATIONS):
+        key = {"activation": activation, "width": width, "steps": args.steps}
+        with study.bar(f"{activation}, width {width}", args.steps) as tick:
 
-                def make(trials: list[int], key: dict = key, tick: Callable = tick) -> Iterator[Record]:
-                    return measured(images, key["activation"], key["width"], args.steps, trials, args.seed, tick)
+            def make(trials: list[int], key: dict = key, tick: Callable = tick) -> Iterator[Record]:
+                return measured(images, key["activation"], key["width"], args.steps, trials, args.seed, tick)
 
-                study.fill(key, args.trials, make)
-        return study.finish(name, table, draw)
+            study.fill(key, args.trials, make)
+    return study.finish(name, table, draw)
 
 
 def measured(

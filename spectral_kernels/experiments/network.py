@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import scaling
 
-SCHEMES = ("mup", "ntp", "sp", "spectral")
 BASE_WIDTH = 64  # at which rates that are constant in the width equal those of the scheme beside them
 GAIN = math.sqrt(2)  # of every initialization, for ReLU [paper, Fig. 2]
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -36,33 +35,23 @@ def layers_of(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return [(m, n) for n, m in zip(sizes, sizes[1:], strict=False)]
 
 
-def init_stds(scheme: str, sizes: Sequence[int]) -> list[float]:
-    """sqrt(2) min(1, sqrt(m / n)) / sqrt(n) per layer; ntp and sp: sqrt(2 / n).
+def scales(scheme: str, sizes: Sequence[int]) -> list[scaling.Scales]:
+    """(sigma, eta) of W_1, ..., W_L before the gain: scaling.parametrization, of input, hidden and output layers."""
+    shapes = layers_of(sizes)
+    layers = ["input", *("hidden" for _ in shapes[2:]), "output"]
+    return [scaling.parametrization(scheme, m, n, layer=layer) for (m, n), layer in zip(shapes, layers, strict=True)]
 
-    mup counts n_0 as 1 inside the min, as it is constant: sqrt(2 / n_0), sqrt(2 / n), sqrt(2) / n [paper, Fig. 2].
-    spectral takes Parametrization 1 by its letter [paper].
-    """
-    _check(scheme)
-    stds = []
-    for layer, (m, n) in enumerate(layers_of(sizes)):
-        if scheme == "spectral" or (scheme == "mup" and layer):
-            stds.append(GAIN * scaling.init_std(m, n))
-        else:
-            stds.append(GAIN / math.sqrt(n))
-    return stds
+
+def init_stds(scheme: str, sizes: Sequence[int]) -> list[float]:
+    """sqrt(2) sigma per layer; mup: sqrt(2 / n_0), sqrt(2 / n), sqrt(2) / n. [paper, Fig. 2]"""
+    return [GAIN * scale.sigma for scale in scales(scheme, sizes)]
 
 
 def sgd_factors(scheme: str, sizes: Sequence[int]) -> list[float]:
     """What the base rate of SGD is multiplied with: m / n; ntp: 1 / n [paper]; sp: at any width ntp's at 64 [ours]."""
-    _check(scheme)
     if scheme == "sp":
         return [1 / sizes[0], *(1 / BASE_WIDTH for _ in sizes[2:])]
-    return [1 / n if scheme == "ntp" else scaling.sgd_factor(m, n) for m, n in layers_of(sizes)]
-
-
-def _check(scheme: str) -> None:
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
+    return [scale.eta for scale in scales(scheme, sizes)]
 
 
 def generator(seed: int, width: int, trial: int) -> torch.Generator:

@@ -34,13 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with runs.study(args, FILE, two_classes=True) as study:
-        images = study.images
-        assert images is not None
-        for width in sorted(set(args.widths)):
-            key = {"width": width, "steps": args.steps, "rate": RATE}
-            study.fill(key, args.trials, partial(compared, images, width, args.steps, seed=args.seed))
-        return study.finish(FILE, text, draw)
+    study = runs.study(args, FILE, two_classes=True)
+    images = study.images
+    for width in sorted(set(args.widths)):
+        key = {"width": width, "steps": args.steps, "rate": RATE}
+        study.fill(key, args.trials, partial(compared, images, width, args.steps, seed=args.seed))
+    return study.finish(FILE, text, draw)
 
 
 def compared(images: Images, width: int, steps: int, trials: Sequence[int], *, seed: int = 0) -> Iterator[Record]:

@@ -42,7 +42,7 @@ def body(part: str, folder: Path) -> str:
     path = folder / f"{module.FILE}.json"
     if not path.is_file():
         return NOTHING
-    records = runs.load(path)[1]
+    records = runs.load(path, module.FILE)[1]
     return str(module.text(records)) if records else NOTHING
 
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 path = args.results / f"{module.FILE}.json"
                 if path.is_file():
                     made = args.plot / f"paper-{part}.png"
-                    runs.picture(runs.load(path)[1], module.draw, made)
+                    runs.picture(runs.load(path, module.FILE)[1], module.draw, made)
                     print(made)
     except ValueError as error:
         raise InputError(f"{args.docs}: {error}") from None

@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,14 +37,12 @@ def add_arguments(
     widths: Sequence[int] = (),
     steps: int | None = None,
     trials: int | None = None,
-    images: bool = True,
 ) -> None:
     """The options of an experiment; those without a default here are left out."""
-    if images:
-        parser.add_argument(
-            "--data", default=None, metavar="digits|PATH",
-            help=f"a CIFAR-10 .bin file or the folder cifar-10-batches-bin (default ${data.ENVIRONMENT}, else digits)",
-        )  # fmt: skip
+    parser.add_argument(
+        "--data", default=None, metavar="digits|PATH",
+        help=f"a CIFAR-10 .bin file or the folder cifar-10-batches-bin (default ${data.ENVIRONMENT}, else digits)",
+    )  # fmt: skip
     if widths:
         shown = " ".join(map(str, widths))
         parser.add_argument(
@@ -83,27 +82,20 @@ class Results(studies.Results):
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.path = path
         self.described = environment.describe(device)
-        self.records: list[Record] = []
-        self.read()
+        self.records: list[Record] = load(path)[1] if path.exists() else []
 
 
 class Study:
     """One call of an experiment: its images, its result file, and what of it is asked for."""
 
-    def __init__(self, args: argparse.Namespace, name: str, *, images: data.Images | None = None) -> None:
+    def __init__(self, args: argparse.Namespace, name: str, images: data.Images) -> None:
         device = getattr(args, "device", "cpu")
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: torch finds none here")
-        if args.out.exists() and not args.out.is_dir():
-            raise InputError(f"--out {args.out}: is not a folder")
+        drawing()
         self.args, self.images, self.name = args, images, name
-        path = args.out / f"{name}.json"
-        try:
-            self.results = Results(path, device)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a result file ({error})") from None
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}") from None
+        _check_writable(args.out)
+        self.results = Results(args.out / f"{name}.json", device)
         self.shown: list[Mapping[str, Any]] = []  # keys of the records that this call asked for
 
     def fill(self, key: Mapping[str, Any], trials: int, make: Callable[[list[int]], Iterable[Record]]) -> None:
@@ -122,13 +114,13 @@ class Study:
             seconds = rounded((time.perf_counter() - began) / len(group))
             for trial, record in zip(group, made, strict=True):
                 extra = {"status": "ok", "seconds": seconds, "stacked": len(group), **self._where()}
-                self.results.add({**whole_key, "trial": trial, **record, **extra})
+                try:
+                    self.results.add({**whole_key, "trial": trial, **record, **extra})
+                except OSError as error:
+                    raise InputError(f"{self.results.path}: cannot be written ({error.strerror or error})") from None
 
     def _common(self) -> dict[str, Any]:
-        common: dict[str, Any] = {"seed": self.args.seed}
-        if self.images is not None:
-            common |= {"crc": self.images.key, "images": self.images.name}
-        return common
+        return {"seed": self.args.seed, "crc": self.images.key, "images": self.images.name}
 
     def _where(self) -> dict[str, Any]:
         return {"machine": self.results.described["machine"], "commit": environment.commit()}
@@ -162,25 +154,32 @@ class Study:
         return 0
 
 
-@contextlib.contextmanager
-def study(args: argparse.Namespace, name: str, *, two_classes: bool = False, images: bool = True) -> Iterator[Study]:
+def study(args: argparse.Namespace, name: str, *, two_classes: bool = False) -> Study:
     """Everything that can be refused is refused before anything is run or written."""
-    found = data.load(args.data or data.default(), two_classes=two_classes) if images else None
-    one = Study(args, name, images=found)
-    try:
-        yield one
-    except PermissionError as error:
-        raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
+    return Study(args, name, data.load(args.data or data.default(), two_classes=two_classes))
 
 
-def load(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """(environment, records); InputError where the file is none of ours."""
+def _check_writable(folder: Path) -> None:
+    """Make the folder; InputError where no file can be in it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is not a folder")
     try:
-        return studies.load(path)
-    except (ValueError, KeyError, TypeError) as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror or error})") from None
+
+
+def load(path: Path, name: str | None = None) -> tuple[dict[str, Any], list[Record]]:
+    """(environment, records) of an experiment, all where name is None; InputError where the file is none of ours."""
+    try:
+        described, records = studies.load(path)
+        tables = [record["table"] for record in records]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a result file ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
+    return described, [r for r, table in zip(records, tables, strict=True) if name in (None, table)]
 
 
 # -- records
@@ -205,13 +204,19 @@ def title(records: Sequence[Record]) -> str:
     return ", ".join([*parts, *machines])
 
 
-def picture(records: Sequence[Record], draw: Draw, path: Path) -> None:
-    """Draw into a PNG; matplotlib without a display."""
+def drawing() -> tuple[Any, Any]:
+    """matplotlib's Figure and PIL's Image; InputError without them."""
     try:
         from matplotlib.figure import Figure
         from PIL import Image  # matplotlib brings it
     except ImportError:
         raise InputError("pictures need the package matplotlib: pip install 'spectral-kernels[paper]'") from None
+    return Figure, Image
+
+
+def picture(records: Sequence[Record], draw: Draw, path: Path) -> None:
+    """Draw into a PNG; matplotlib without a display."""
+    Figure, Image = drawing()
     figure = Figure(layout="constrained")
     draw(records, figure)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,12 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with runs.study(args, FILE, two_classes=True) as study:
-        images = study.images
-        assert images is not None
-        for width in sorted(set(args.widths)):
-            study.fill({"width": width}, args.trials, partial(measured, images, width, seed=args.seed))
-        return study.finish(FILE, text, draw)
+    study = runs.study(args, FILE, two_classes=True)
+    images = study.images
+    for width in sorted(set(args.widths)):
+        study.fill({"width": width}, args.trials, partial(measured, images, width, seed=args.seed))
+    return study.finish(FILE, text, draw)
 
 
 @torch.no_grad()

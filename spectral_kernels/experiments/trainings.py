@@ -58,15 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, name: str, table: runs.Table, draw: runs.Draw) -> int:
     """The trainings that the file does not hold, then the figure `name`."""
-    with runs.study(args, NAME, two_classes=True) as study:
-        images = study.images
-        assert images is not None
-        for width, line in runs.pairs(sorted(set(args.widths)), dict.fromkeys(args.lines)):
-            key = {"line": line, "rate": LINES[line].rate, "width": width, "steps": args.steps}
-            with study.bar(f"{LINES[line].title}, width {width}", args.steps) as tick:
-                options = {"seed": args.seed, "device": args.device, "tick": tick}
-                study.fill(key, args.trials, partial(trained, LINES[line], images, width, args.steps, **options))
-        return study.finish(name, table, draw)
+    study = runs.study(args, NAME, two_classes=True)
+    images = study.images
+    for width, line in runs.pairs(sorted(set(args.widths)), dict.fromkeys(args.lines)):
+        key = {"line": line, "rate": LINES[line].rate, "width": width, "steps": args.steps}
+        with study.bar(f"{LINES[line].title}, width {width}", args.steps) as tick:
+            options = {"seed": args.seed, "device": args.device, "tick": tick}
+            study.fill(key, args.trials, partial(trained, LINES[line], images, width, args.steps, **options))
+    return study.finish(name, table, draw)
 
 
 def trained(

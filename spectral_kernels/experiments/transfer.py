@@ -52,15 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with runs.study(args, FILE, two_classes=True) as study:
-        images = study.images
-        assert images is not None
-        for width, name in runs.pairs(sorted(set(args.widths)), METHODS):
-            key = {"method": name, "grid": list(METHODS[name].grid), "width": width, "steps": args.steps}
-            with study.bar(f"{METHODS[name].title}, width {width}", args.steps) as tick:
-                options = {"seed": args.seed, "tick": tick}
-                study.fill(key, args.trials, partial(trained, images, METHODS[name], width, args.steps, **options))
-        return study.finish(FILE, text, draw)
+    study = runs.study(args, FILE, two_classes=True)
+    images = study.images
+    for width, name in runs.pairs(sorted(set(args.widths)), METHODS):
+        key = {"method": name, "grid": list(METHODS[name].grid), "width": width, "steps": args.steps}
+        with study.bar(f"{METHODS[name].title}, width {width}", args.steps) as tick:
+            options = {"seed": args.seed, "tick": tick}
+            study.fill(key, args.trials, partial(trained, images, METHODS[name], width, args.steps, **options))
+    return study.finish(FILE, text, draw)
 
 
 def trained(

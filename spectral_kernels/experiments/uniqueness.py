@@ -42,16 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with runs.study(args, FILE, two_classes=True) as study:
-        images = study.images
-        assert images is not None
-        total = len(set(args.widths)) * len(CHANGED) * len(DELTAS)
-        with study.bar("one step each", total) as tick:
-            for width, (what, layer), delta in runs.pairs(sorted(set(args.widths)), CHANGED, DELTAS):
-                key = {"what": what, "layer": layer, "delta": delta, "width": width}
-                study.fill(key, args.trials, partial(measured, images, what, layer, delta, width, seed=args.seed))
-                tick()
-        return study.finish(FILE, text, draw)
+    study = runs.study(args, FILE, two_classes=True)
+    images = study.images
+    total = len(set(args.widths)) * len(CHANGED) * len(DELTAS)
+    with study.bar("one step each", total) as tick:
+        for width, (what, layer), delta in runs.pairs(sorted(set(args.widths)), CHANGED, DELTAS):
+            key = {"what": what, "layer": layer, "delta": delta, "width": width}
+            study.fill(key, args.trials, partial(measured, images, what, layer, delta, width, seed=args.seed))
+            tick()
+    return study.finish(FILE, text, draw)
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def test_sizes_of_a_scheme():
     assert network.sgd_factors("sp", sizes) == network.sgd_factors("sp", (3072, 64, 64, 1))
     for function in (network.init_stds, network.sgd_factors):
         assert function("mup", (3072, 1, 1, 1)) == function("ntp", (3072, 1, 1, 1))
-        with pytest.raises(ValueError, match="unknown scheme 'mu': expected one of mup, ntp"):
+        with pytest.raises(ValueError, match="unknown parametrization 'mu': expected one of spectral"):
             function("mu", sizes)
     assert descent.factors("adam", "mup", sizes) == [1 / 3072, 1 / 256, 1 / 256]
     assert descent.factors("muon", "mup", sizes) == pytest.approx([math.sqrt(1 / 12), 1, 1 / 16])
