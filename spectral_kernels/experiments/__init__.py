@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "uniqueness": "one layer's initial size or rate scaled by a power of the width: what blows up, what freezes",
     "ntp-mup": "NTP becomes muP by scaling its output and its rate (section 5.3), step by step",
     "transfer": "loss against the rate at 8x different widths: SGD and Adam, Condition 1 and SP",
+    "stacking": "time of trials as one stacked model against a loop over them",
     "page": "the page on all of the above, from result files",
     "dial": "singular values clipped at the s-th, from Eq. 17 (s = 1) to Muon (full rank)",
 }

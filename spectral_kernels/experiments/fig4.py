@@ -13,7 +13,7 @@ from typing import Any
 
 from ..bench.measure import Record
 from . import plots, trainings
-from .fits import NO_DECAY, UNKNOWN, Line, line, table
+from .fits import NO_DECAY, Line
 from .trainings import LINES
 
 FILE = trainings.NAME
@@ -26,16 +26,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(found: Sequence[Record]) -> list[Line]:
-    bounds = NO_DECAY if found[0]["line"] in ("mup", "ntp") else UNKNOWN
-    name = LINES[found[0]["line"]].title
-    return [line(f"{name} {short}", found, lambda r, k=key: r[k], bounds) for key, short in QUANTITIES.items()]  # type: ignore[misc]
+    return trainings.judged(found, QUANTITIES, NO_DECAY)
 
 
 def text(records: Sequence[Record]) -> str:
-    return "\n\n".join(
-        f"**{title}.**\n\n" + table([one for found in by_line.values() for one in lines(found)], "line, layer")
-        for title, by_line in trainings.blocks(records, shared=True)
-    )
+    return trainings.tables(records, lines, "line, layer")
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:

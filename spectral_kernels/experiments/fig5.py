@@ -14,11 +14,11 @@ from typing import Any
 
 from ..bench.measure import Record
 from . import plots, trainings
-from .fits import UNKNOWN, Line, line, near, table
+from .fits import Line, near
 from .trainings import LINES
 
 FILE = trainings.NAME
-QUANTITIES = [f"phi{layer} {when}" for layer in (1, 2) for when in ("before", "after")]
+QUANTITIES = {f"phi{layer} {when}": f"h{layer} {when}" for layer in (1, 2) for when in ("before", "after")}
 EXPECTED = 1 / math.sqrt(2)
 add_arguments = trainings.add_arguments
 
@@ -28,17 +28,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(found: Sequence[Record]) -> list[Line]:
-    bounds = near(0.0) if found[0]["line"] in ("mup", "ntp") else UNKNOWN
-    name = LINES[found[0]["line"]].title
-    return [line(f"{name} {q.replace('phi', 'h')}", found, lambda r, k=q: r[k], bounds) for q in QUANTITIES]  # type: ignore[misc]
+    return trainings.judged(found, QUANTITIES, near(0.0))
 
 
 def text(records: Sequence[Record]) -> str:
     """1 / sqrt(2) = 0.707."""
-    return "\n\n".join(
-        f"**{title}.**\n\n" + table([one for found in by_line.values() for one in lines(found)], "line, layer, when")
-        for title, by_line in trainings.blocks(records, shared=True)
-    )
+    return trainings.tables(records, lines, "line, layer, when")
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 
 from ..bench.measure import Record
 from . import plots, trainings
-from .fits import NO_DECAY, UNKNOWN, Line, line, table
-from .trainings import LINES
+from .fits import NO_DECAY, Line
 
 FILE = trainings.NAME
-QUANTITIES = ("own before", "own after")
+QUANTITIES = {f"own {when}": when for when in ("before", "after")}
 add_arguments = trainings.add_arguments
 
 
@@ -27,16 +26,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(found: Sequence[Record]) -> list[Line]:
-    bounds = NO_DECAY if found[0]["line"] in ("mup", "ntp") else UNKNOWN
-    name = LINES[found[0]["line"]].title
-    return [line(f"{name} {q.removeprefix('own ')}", found, lambda r, k=q: r[k], bounds) for q in QUANTITIES]  # type: ignore[misc]
+    return trainings.judged(found, QUANTITIES, NO_DECAY)
 
 
 def text(records: Sequence[Record]) -> str:
-    return "\n\n".join(
-        f"**{title}.**\n\n" + table([one for found in by_line.values() for one in lines(found)], "line, when")
-        for title, by_line in trainings.blocks(records, shared=True)
-    )
+    return trainings.tables(records, lines, "line, when")
 
 
 def draw(records: Sequence[Record], figure: Any) -> None:

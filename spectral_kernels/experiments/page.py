@@ -43,7 +43,10 @@ def body(part: str, folder: Path) -> str:
     if not path.is_file():
         return NOTHING
     records = runs.load(path, module.FILE)[1]
-    return str(module.text(records)) if records else NOTHING
+    try:
+        return str(module.text(records)) if records else NOTHING
+    except KeyError as error:
+        raise InputError(f"{path}: not a result file (a record without {error})") from None
 
 
 def render(text: str, folder: Path) -> str:

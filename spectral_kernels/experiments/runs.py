@@ -37,6 +37,7 @@ def add_arguments(
     widths: Sequence[int] = (),
     steps: int | None = None,
     trials: int | None = None,
+    stacks: bool = True,
 ) -> None:
     """The options of an experiment; those without a default here are left out."""
     parser.add_argument(
@@ -52,6 +53,7 @@ def add_arguments(
         parser.add_argument("--steps", type=whole(1, LONGEST), default=steps, metavar="N", help=f"(default {steps})")
     if trials is not None:
         parser.add_argument("--trials", type=whole(1, MOST), default=trials, metavar="N", help=f"(default {trials})")
+    if trials is not None and stacks:
         parser.add_argument("--no-stack", action="store_true", help="run trials one after the other")
     parser.add_argument("--seed", type=whole(0, 2**31), default=0, metavar="N", help="(default 0)")
     parser.add_argument(
@@ -150,7 +152,8 @@ class Study:
             picture(records, draw, path)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-        print(f"\n{self.results.path}\n{path}")
+        seconds = sum(record["seconds"] for record in records)
+        print(f"\n{seconds:.1f} s of computing, of all calls\n{self.results.path}\n{path}")
         return 0
 
 

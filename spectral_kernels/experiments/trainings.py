@@ -7,7 +7,7 @@ result file, so that the four figures share them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from ..diagnostics import measures
 from . import network, runs
 from .data import Images
 from .descent import ENTRYWISE, constant, descend, factors, linear, update
+from .fits import UNKNOWN, Bounds, Line, line, table
 from .network import Pass, backward, forward
 
 NAME = "trainings"
@@ -60,11 +61,12 @@ def run(args: argparse.Namespace, name: str, table: runs.Table, draw: runs.Draw)
     """The trainings that the file does not hold, then the figure `name`."""
     study = runs.study(args, NAME, two_classes=True)
     images = study.images
-    for width, line in runs.pairs(sorted(set(args.widths)), dict.fromkeys(args.lines)):
-        key = {"line": line, "rate": LINES[line].rate, "width": width, "steps": args.steps}
-        with study.bar(f"{LINES[line].title}, width {width}", args.steps) as tick:
+    for width, name_of in runs.pairs(sorted(set(args.widths)), dict.fromkeys(args.lines)):
+        kind = LINES[name_of]
+        key = {"line": name_of, "rate": kind.rate, "width": width, "steps": args.steps}
+        with study.bar(f"{kind.title}, width {width}", args.steps) as tick:
             options = {"seed": args.seed, "device": args.device, "tick": tick}
-            study.fill(key, args.trials, partial(trained, LINES[line], images, width, args.steps, **options))
+            study.fill(key, args.trials, partial(trained, kind, images, width, args.steps, **options))
     return study.finish(name, table, draw)
 
 
@@ -136,8 +138,8 @@ def line_title(record: Record) -> str:
     return LINES[record["line"]].title
 
 
-def order(line: str) -> int:
-    return list(LINES).index(line)
+def order(name: str) -> int:
+    return list(LINES).index(name)
 
 
 def blocks(records: Sequence[Record], *, shared: bool = False) -> Iterator[tuple[str, dict[str, list[Record]]]]:
@@ -148,8 +150,8 @@ def blocks(records: Sequence[Record], *, shared: bool = False) -> Iterator[tuple
     if shared:
         records = [r for r in records if r["line"] in BY_DEFAULT] or records
     for group in runs.groups(records, "crc", "seed", "steps").values():
-        by_line = {line: found for (line,), found in runs.groups(group, "line").items()}
-        yield runs.title(group), {line: by_line[line] for line in sorted(by_line, key=order)}
+        by_line = {name: found for (name,), found in runs.groups(group, "line").items()}
+        yield runs.title(group), {name: by_line[name] for name in sorted(by_line, key=order)}
 
 
 def widest(records: Sequence[Record]) -> tuple[str, dict[str, list[Record]]]:
@@ -157,16 +159,16 @@ def widest(records: Sequence[Record]) -> tuple[str, dict[str, list[Record]]]:
     return max(blocks(records, shared=True), key=lambda block: sum(map(len, block[1].values())))
 
 
-def stacking_gain(images: Images, width: int, trials: int, steps: int) -> float:
-    """Time of a loop over trials / time of one stack of them, SGD under μP; both after a warm-up."""
-    from ..bench.timer import clock_for, interleave, ratio
+def judged(found: Sequence[Record], quantities: Mapping[str, str], bounds: Bounds) -> list[Line]:
+    """An assumption's quantities (key -> words) of one line; the paper speaks of muP and NTP, others are shown."""
+    kind = found[0]["line"]
+    wanted, name = bounds if kind in ("mup", "ntp") else UNKNOWN, LINES[kind].title
+    return [line(f"{name} {words}", found, lambda r, k=key: r[k], wanted) for key, words in quantities.items()]  # type: ignore[misc]
 
-    def together() -> None:
-        list(trained(LINES["mup"], images, width, steps, range(trials)))
 
-    def one_by_one() -> None:
-        for trial in range(trials):
-            list(trained(LINES["mup"], images, width, steps, [trial]))
-
-    samples = interleave({"stack": together, "loop": one_by_one}, seconds=1.0, min_rounds=3, clock=clock_for("cpu"))
-    return ratio(samples, "loop", "stack").median
+def tables(records: Sequence[Record], lines: Callable[[Sequence[Record]], list[Line]], what: str) -> str:
+    """A table per block of the lines that the paper's assumptions speak of."""
+    return "\n\n".join(
+        f"**{title}.**\n\n" + table([one for found in by_line.values() for one in lines(found)], what)
+        for title, by_line in blocks(records, shared=True)
+    )

@@ -115,10 +115,12 @@ def text(records: Sequence[Record]) -> str:
             shift = ks[max(ks)] - ks[min(ks)]
             edge = ", at the grid's end" if {grid[0], grid[-1]} & set(ks.values()) else ""
             wanted = f"at most {WITHIN}" if METHODS[name].transfers else f"more than {WITHIN}"
-            holds = (abs(shift) <= WITHIN) == METHODS[name].transfers
+            holds = "yes" if (abs(shift) <= WITHIN) == METHODS[name].transfers else "no"
             kept = means(by_width[max(ks)])[grid.index(ks[min(ks)])]
             shown = f"{shift:+d}".replace("+0", "0") + edge
-            rows.append([METHODS[name].title, *cells, shown, wanted, "yes" if holds else "no", number(kept)])
+            if len(ks) < 2:
+                shown = holds = ""
+            rows.append([METHODS[name].title, *cells, shown, wanted, holds, number(kept)])
         head = ["method", *(f"n = {w}" for w in widths), "shift", "wanted", "holds", "loss of the widest, rate kept"]
         parts += [f"**{runs.title(group)}.** Best rate: loss.", markdown(head, rows)]
     return "\n\n".join(parts)

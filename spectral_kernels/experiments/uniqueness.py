@@ -120,7 +120,7 @@ def text(records: Sequence[Record]) -> str:
             rows.append([f"{NAMES[what]} of layer {layer}", *cells])
         widths = sorted({r["width"] for r in group})
         head = ["times (n / 64)^δ", *(f"δ = {d:+g}" if d else "δ = 0" for d in sorted({r["delta"] for r in group}))]
-        met = "**met**" if alone else "**missed**"
+        met = "no answer from one width" if len(widths) < 2 else "**met**" if alone else "**missed**"
         parts += [
             f"**{runs.title(group)}, widths {' '.join(map(str, widths))}, one step.** (lowest, highest exponent)",
             markdown(head, rows),

@@ -44,14 +44,15 @@ class Muon(Stepper):
     0.2 sqrt(max(m, n)), and "rms_to_rms" sqrt(m / n), "none".
     A group with algorithm="adamw" (vectors, embeddings, readout) is served by torch's fused AdamW with the group's lr,
     weight_decay, betas and adamw_eps; its parameters may have any shape.
-    retract: afterwards every matrix is set to this spectral norm (a number or a rule), as MuonSphere does. nonfinite:
+    retract: afterwards every matrix, held back or not, is set to this spectral norm (a number or a rule), as
+    MuonSphere does. nonfinite:
     a matrix whose gradient or momentum is not finite stays ("skip", "strict"), or becomes NaN as in torch
     ("propagate"); of a group for AdamW all parameters stay then (of one device and dtype). error_if_nonfinite:
     RuntimeError before anything changes. Gradients are never written to. Nothing waits for a GPU, but for
     error_if_nonfinite and retract.
     """
 
-    _kept = (*Stepper._kept, "_orthogonalized")
+    _kept = (*Stepper._kept, "_orthogonalized", "_betas")
     _followed = ("method", "normalizer", "compute_dtype", "algorithm")
 
     def __init__(
@@ -85,13 +86,15 @@ class Muon(Stepper):
     ) -> None:
         self.error_if_nonfinite = error_if_nonfinite
         self._orthogonalized: dict[torch.device, Tensor] = {}
+        self._betas = betas  # not among the defaults: schedulers that cycle the momentum would take them for it
+        _check_betas(betas)
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
             "schedule": plain(schedule), "method": method, "normalizer": normalizer, "compute_dtype": compute_dtype,
             "momentum_kind": momentum_kind, "flatten": flatten, "num_heads": num_heads, "split_sizes": split_sizes,
             "transposed": transposed,
-            "retract": retract, "maximize": maximize, "nonfinite": nonfinite, "algorithm": algorithm, "betas": betas,
+            "retract": retract, "maximize": maximize, "nonfinite": nonfinite, "algorithm": algorithm,
             "adamw_eps": adamw_eps, "seed": 0,
         }  # fmt: skip
         self._check(defaults)
@@ -99,6 +102,8 @@ class Muon(Stepper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's: parameters of a Muon group need two dimensions or more."""
+        if isinstance(param_group, dict) and param_group.get("algorithm", self.defaults["algorithm"]) == "adamw":
+            param_group.setdefault("betas", self._betas)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for p in group["params"]:
@@ -132,8 +137,8 @@ class Muon(Stepper):
                 arguments.check_choice("retract", group["retract"], scaling.RULES)
             else:
                 arguments.check_number("retract", group["retract"], 0.0, above=True)
-        if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise ValueError(f"betas must lie in [0, 1), two of them, not {tuple(group['betas'])}")
+        if "betas" in group:
+            _check_betas(group["betas"])
         arguments.check_number("adamw_eps", group["adamw_eps"], 0.0)
         _recipe(*_given(group))
 
@@ -184,6 +189,8 @@ class Muon(Stepper):
 
     def _own(self, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         own = super()._own(group, saved)
+        if "betas" in group and "betas" not in saved:
+            own["betas"] = group["betas"]
         if group["algorithm"] == "adamw" and "adamw_eps" not in saved and "eps" in saved:
             own["adamw_eps"] = saved["eps"]  # a group of torch.optim.AdamW
         return own
@@ -263,6 +270,11 @@ def _side_by_side(
     dense = p.contiguous(), grad.contiguous(), mean.contiguous(), square.contiguous()
     copies += [(x, d) for x, d in zip((p, mean, square), (dense[0], *dense[2:]), strict=True) if x is not d]
     return *dense, step
+
+
+def _check_betas(betas: Sequence[float]) -> None:
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must lie in [0, 1), two of them, not {tuple(betas)}")
 
 
 def _given(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from spectral_kernels import scaling
 from spectral_kernels.experiments import (
     appb,
     descent,
@@ -66,6 +67,17 @@ def test_sizes_of_a_scheme():
     assert descent.factors("muon", "mup", sizes) == pytest.approx([math.sqrt(1 / 12), 1, 1 / 16])
     with pytest.raises(ValueError, match="unknown optimizer 'lion'"):
         descent.factors("lion", "mup", sizes)
+
+
+@pytest.mark.parametrize("scheme", ["mup", "ntp", "sp", "spectral"])
+def test_schemes_are_those_of_scaling(scheme):
+    for width in (1, 10, 64, 300):
+        sizes = (3072, width, width, 10)
+        shapes = list(zip(network.layers_of(sizes), scaling.LAYERS, strict=True))
+        wanted = [scaling.parametrization(scheme, m, n, layer=layer) for (m, n), layer in shapes]
+        assert network.init_stds(scheme, sizes) == [math.sqrt(2) * one.sigma for one in wanted]
+        if scheme != "sp":  # its rate here is ntp's at one width, not 1
+            assert network.sgd_factors(scheme, sizes) == [one.eta for one in wanted]
 
 
 def test_a_trial_is_the_same_alone_and_stacked():

@@ -198,6 +198,7 @@ def test_an_interrupted_run_keeps_its_finished_parts(two_classes, tmp_path, monk
         ("uniqueness", ("--widths", 8, 16, "--trials", 1), "| σ of layer 1 |"),
         ("ntp-mup", ("--widths", 1, 8, "--steps", 3, "--trials", 1), "| 8 |"),
         ("transfer", SMALL, "| Adam, SP |"),
+        ("stacking", SMALL, "| n | loop over trials | one stack | loop / stack |"),
     ],
 )  # fmt: skip
 def test_every_experiment_prints_writes_and_draws(figure, arguments, part, two_classes, tmp_path, capsys):
@@ -227,8 +228,54 @@ def test_results_that_are_none_are_refused(two_classes, tmp_path, capsys):
         assert command("fig2", *SMALL, "--data", two_classes, "--device", "cuda") == 2
 
 
-def test_a_stack_is_timed_against_a_loop(two_classes):
-    assert trainings.stacking_gain(data.load(str(two_classes)), 8, 2, 2) > 0
+@pytest.mark.parametrize("blocked", ["file/inside", "/dev/null/inside", "/proc/inside"])
+def test_what_cannot_be_written_is_said_before_anything_is_run(blocked, two_classes, tmp_path, capsys, monkeypatch):
+    if not Path("/proc/self").exists():
+        pytest.skip("folders of Linux")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(trainings, "trained", lambda *a, **k: pytest.fail("trained before"))
+    assert command("fig2", *SMALL, "--data", two_classes, "--out", tmp_path / blocked) == 2
+    error = capsys.readouterr().err
+    assert "inside: cannot be written" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_a_result_that_cannot_be_written_is_one_line(error, two_classes, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(studies.Results, "add", full)
+    assert command("fig2", *SMALL, "--data", two_classes, "--out", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert f"trainings.json: cannot be written ({error.strerror})" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "null", '{"benchmarks": [1]}', '{"benchmarks": [{"extra_info": 3}]}',
+        '{"benchmarks": [{"extra_info": {"records": [1]}}]}', '{"benchmarks": [{"extra_info": {"records": [{}]}}]}',
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_records_are_refused_by_experiments_and_page(content, two_classes, tmp_path, capsys):
+    (tmp_path / "trainings.json").write_text(content)
+    for arguments in (
+        ("fig2", *SMALL, "--data", two_classes, "--out"),
+        ("page", "--docs", PAGE, "--check", "--results"),
+    ):
+        assert command(*arguments, tmp_path) == 2
+        error = capsys.readouterr().err
+        assert "trainings.json: not a result file" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".bin"] == ["trainings.json"]
+
+
+def test_one_width_has_no_verdict(two_classes, tmp_path, capsys):
+    given = ("--widths", 8, "--trials", 1, "--data", two_classes, "--out", tmp_path / "out")
+    assert command("transfer", "--steps", 2, *given) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| SGD, SP |"))
+    assert "|  | more than 1 |  |" in row
+    assert command("uniqueness", *given) == 0
+    assert "no answer from one width" in capsys.readouterr().out
 
 
 # -- tables and page, from made-up records
@@ -278,6 +325,15 @@ def test_the_page_is_made_from_the_files(results, tmp_path, capsys):
     changed["benchmarks"][0]["extra_info"]["records"][0]["A"] = 17.0
     (results / "trainings.json").write_text(json.dumps(changed))
     assert command(*given, "--check") == 1
+
+
+def test_the_page_takes_records_of_its_own_experiment_only(results, tmp_path, capsys):
+    ours, theirs = results / "trainings.json", results / "ntp-mup.json"
+    theirs.write_text(ours.read_text())
+    assert page.body("ntp-mup", results) == page.NOTHING
+    ours.write_text('{"benchmarks": [{"extra_info": {"records": [{"table": "trainings"}]}}]}')
+    with pytest.raises(InputError, match="trainings.json: not a result file .a record without 'trial'"):
+        page.body("fig2", results)
 
 
 def test_bad_pages_are_one_line_and_2(results, tmp_path, capsys):

@@ -91,14 +91,21 @@ def test_older_checkpoints_of_ours_load():
     opt = Muon(params, nesterov=False, lr=0.3)
     step([opt], [params])
     old = saved(opt.state_dict())
-    for key in ("momentum_kind", "flatten", "num_heads", "split_sizes", "retract", "algorithm", "betas", "seed"):
+    for key in ("momentum_kind", "flatten", "num_heads", "split_sizes", "retract", "algorithm", "seed"):
         del old["param_groups"][0][key]
     copies = twins(params)
     new = Muon(copies, momentum_kind="ema")
     new.load_state_dict(old)
-    assert new.param_groups[0]["lr"] == 0.3 and new.param_groups[0]["betas"] == (0.9, 0.95)
+    assert new.param_groups[0]["lr"] == 0.3 and new.param_groups[0]["algorithm"] == "muon"
     step([opt, new], [params, copies])
     assert same([p.detach() for p in params], [q.detach() for q in copies])
+
+
+def test_schedulers_that_cycle_the_momentum_take_momentum_and_not_the_betas_of_adamw():
+    opt = Muon([{"params": matrices()}, {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw"}], lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10, base_momentum=0.8, max_momentum=0.9)
+    assert [round(group["momentum"], 6) for group in opt.param_groups] == [0.9, 0.9]
+    assert opt.param_groups[1]["betas"] == (0.9, 0.95) and "betas" not in opt.param_groups[0]
 
 
 def mixed(**options):
