@@ -153,7 +153,7 @@ class Study:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
         seconds = sum(record["seconds"] for record in records)
-        print(f"\n{seconds:.1f} s of computing, of all calls\n{self.results.path}\n{path}")
+        print(f"\n{seconds:.1f} s of computing over all calls\n{self.results.path}\n{path}")
         return 0
 
 
