@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .contracts_products import factors_of, like, rounded, triples
 
-# Measured with two threads: half products take 0.75 to 0.85 of the time of whole ones from 512, more below.
-LEAST_HALVED = 512
-PANEL = 128  # rows of a panel at least; a quarter of the matrix up to 256
+# Measured with two threads that sleep between calls: half products take 0.87 of the time of whole ones at 768, 0.77 at
+# 1024, 0.66 at 2048, and more than all of it at 512.
+LEAST_HALVED = 768
+PANEL = 256  # rows of a panel
 MATRIX_BY_MATRIX = 256  # rows from which a stack is served one matrix after the other: its products fill the cores
 
 
@@ -39,18 +40,21 @@ def _product(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     return torch.mm(A, B, out=out) if A.ndim == 2 else torch.bmm(A, B, out=out)
 
 
-def _symmetric(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    """A B where it is known to be symmetric, (m, n) by (n, m): the upper panels, and their mirror images."""
+def _symmetric(A: Tensor, B: Tensor, out: Tensor, exact: bool = False) -> Tensor:
+    """A B where it is known to be symmetric, (m, n) by (n, m): the upper panels, and their mirror images.
+
+    exact: corners of panels too, whose halves may be summed in another order.
+    """
     m = A.shape[-2]
     if m < LEAST_HALVED:
         return _product(A, B, out)
-    width = max(PANEL, min(2 * PANEL, m // 4))
-    for i in range(0, m, width):
-        torch.mm(A[i : i + width], B[:, i:], out=out[i : i + width, i:])
-        corner = out[i : i + width, i : i + width]  # its halves may be summed in another order
-        corner.copy_(corner.triu() + corner.triu(1).mT)
+    for i in range(0, m, PANEL):
+        torch.mm(A[i : i + PANEL], B[:, i:], out=out[i : i + PANEL, i:])
+        if exact:
+            corner = out[i : i + PANEL, i : i + PANEL]
+            corner.copy_(corner.triu() + corner.triu(1).mT)
         if i:
-            out[i : i + width, :i] = out[:i, i : i + width].mT
+            out[i : i + PANEL, :i] = out[:i, i : i + PANEL].mT
     return out
 
 
@@ -59,12 +63,12 @@ def _multiply_add(B: Tensor, X: Tensor, a: float, out: Tensor) -> Tensor:
     return torch.addmm(X, B, X, beta=a, out=out) if X.ndim == 2 else torch.baddbmm(X, B, X, beta=a, out=out)
 
 
-def _polynomial(A: Tensor, b: float, c: float, out: Tensor) -> Tensor:
+def _polynomial(A: Tensor, b: float, c: float, out: Tensor, exact: bool = False) -> Tensor:
     """b A + c A^2."""
     if c == 0:
         return torch.mul(A, b, out=out)
     if A.shape[-1] >= LEAST_HALVED:
-        return _symmetric(A, A, out).mul_(c).add_(A, alpha=b)
+        return _symmetric(A, A, out, exact).mul_(c).add_(A, alpha=b)
     if A.ndim == 2:
         return torch.addmm(A, A, A, beta=b, alpha=c, out=out)
     return torch.baddbmm(A, A, A, beta=b, alpha=c, out=out)
@@ -84,7 +88,7 @@ def gram(X: Sequence[Tensor], factor: Tensor | None, dtype: torch.dtype) -> list
         mine, m = rounded(x, pair, dtype), x.shape[1]
         out.append(mine.new_empty((x.shape[0], m, m)))
         for a, o in zip(_each(mine), _each(out[-1]), strict=True):
-            _symmetric(a, a.mT, o)
+            _symmetric(a, a.mT, o, exact=True)
     return out
 
 
@@ -92,7 +96,7 @@ def square_add(A: Sequence[Tensor], b: float, c: float) -> list[Tensor]:
     out = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A]
     for a, o in zip(A, out, strict=True):
         for one, target in zip(_each(a), _each(o), strict=True):
-            _polynomial(one, b, c, target)
+            _polynomial(one, b, c, target, exact=True)
     return out
 
 
@@ -104,7 +108,7 @@ def multiply_add(
         mine = rounded(x, pair, dtype)
         out.append(like(x, dtype))
         for left, right, o in zip(_each(b), _each(mine), _each(out[-1]), strict=True):
-            value = (_symmetric if symmetric else _product)(left, right, o)
+            value = _symmetric(left, right, o, exact=True) if symmetric else _product(left, right, o)
             if a:
                 value.add_(right, alpha=a)
     return out

@@ -19,9 +19,9 @@ from .exact import amax
 METHODS = ("auto", "standard", "gram", "svd")
 NORMALIZERS = ("auto", "frobenius", "schatten4", "spectral")
 # Cost of a symmetric product in units of a whole one, for method="auto": half the tiles, and what it takes to mirror
-# them; on CPUs as measured (kernels/cpu_products.py), whole ones below 512.
+# them; on CPUs as measured (kernels/cpu_products.py), whole ones below 768.
 SYMMETRIC = 0.55
-SYMMETRIC_CPU, LEAST_HALVED = 0.8, 512
+SYMMETRIC_CPU, LEAST_HALVED = 0.8, 768
 GAIN = 0.95  # the Gram matrix is taken where it costs less than this share of the standard iteration
 SPECTRAL_TOL = 5e-3  # of the estimated norm; the margin by which it is raised is twice that
 SAFE = 2.0 ** -SAFE_EXPONENT[torch.float32], 2.0 ** SAFE_EXPONENT[torch.float32]

@@ -18,14 +18,14 @@ from tests.kernels.lists import DTYPES, LAYOUTS, served
 from tests.kernels.steps import copies, matrices, pairwise, same_bits, spacing, untouched_outside
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-HALVED = 512  # from this side on symmetric products are halved on CPUs
+HALVED = 768  # from this side on symmetric products are halved on CPUs
 LISTS = {  # (k, m, n) with m <= n
     "empty": [(0, 4, 5), (2, 0, 5), (2, 0, 0), (2, 3, 0), (1, 2, 3)],
     "vectors": [(1, 1, 1), (3, 1, 70), (1, 1, 3)],
     "odd": [(1, 33, 65), (2, 17, 17), (1, 15, 255), (1, 129, 130)],
     "same shape": [(1, 20, 30), (1, 7, 8), (2, 20, 30), (1, 20, 30)],
     "three hundred": [(1, 300, 317)],
-    "halved": [(1, 515, 520), (1, 5, 6)],
+    "halved": [(1, 771, 775), (1, 5, 6)],
 }
 FACTORS = [None, "ones", "pair"]
 CASES = pairwise(list(LISTS), list(LAYOUTS), DTYPES, DTYPES, FACTORS)
