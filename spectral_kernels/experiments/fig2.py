@@ -93,4 +93,4 @@ def draw(records: Sequence[Record], figure: Any) -> None:
     for i, (_, by_line) in enumerate(blocks):
         for axes, (axis, words) in zip(panels[4 * i : 4 * i + 4], AXES.items(), strict=True):
             plots.against_width(axes, [lines(found, axis) for found in by_line.values()], words)
-    figure.suptitle("; ".join([*(title for title, _ in blocks), trainings.VARY]), fontsize=8)
+    figure.suptitle("\n".join(["; ".join([title, trainings.VARY]) for title, _ in blocks]), fontsize=8)
