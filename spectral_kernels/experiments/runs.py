@@ -224,7 +224,7 @@ def picture(records: Sequence[Record], draw: Draw, path: Path) -> None:
     draw(records, figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110)
+    figure.savefig(drawn, dpi=110 if figure.get_figheight() < 8 else 90)
     Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
 
 
