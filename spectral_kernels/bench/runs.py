@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import environment
+from . import environment, rivals_orthogonal
 from .measure import Record, document
 from .training import Spikes, Task, train
 from .training_data import text_crc
@@ -50,15 +50,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
-    """U f(S) V' for G = U S V' (m, n), f(S) near 1: X <- a X + (b A + c A²) X, A = X X', from X = G / ||G||_F."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G / torch.linalg.matrix_norm(G).clamp(min=1e-30)
-    wide = X.shape[0] <= X.shape[1]
-    X = X if wide else X.mT
-    for _ in range(steps):
-        A = X @ X.mT
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X if wide else X.mT
+    """U f(S) V' for G = U S V' (m, n), f(S) near 1, by Keller Jordan's coefficients."""
+    return rivals_orthogonal.newton_schulz(G, [(3.4445, -4.7750, 2.0315)] * steps)
 
 
 class Pair:

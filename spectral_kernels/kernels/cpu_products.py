@@ -13,11 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .contracts_products import factors_of, like, rounded, triples
+from .contracts_products import LEAST_HALVED, factors_of, like, rounded, triples
 
-# Measured with two threads that sleep between calls: half products take 0.87 of the time of whole ones at 768, 0.77 at
-# 1024, 0.66 at 2048, and more than all of it at 512.
-LEAST_HALVED = 768
 PANEL = 256  # rows of a panel
 MATRIX_BY_MATRIX = 256  # rows from which a stack is served one matrix after the other: its products fill the cores
 
@@ -131,13 +128,8 @@ def multiply_update_(
         first += k
         gone = [False] * k if skip is None else skip[own].tolist()
         for i, (s, d) in enumerate(zip(size[own].tolist(), decay[own].tolist(), strict=True)):
-            if gone[i]:
-                continue
-            if p.dtype == dtype:
-                p[i].addmm_(b[i], mine[i], beta=1 - d, alpha=-s)
-            else:
-                wide = torch.promote_types(p.dtype, dtype)
-                p[i].copy_(torch.mm(b[i], mine[i]).to(wide).mul_(-s).add_(p[i].to(wide), alpha=1 - d))
+            if not gone[i]:
+                _update(p[i], b[i], mine[i], s, d)
 
 
 def newton_schulz(

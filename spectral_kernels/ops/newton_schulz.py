@@ -13,15 +13,15 @@ from torch import Tensor
 from ..kernels import registry
 from ..kernels.composites import SAFE_EXPONENT, safe_scale
 from ..kernels.contracts import acc_dtype
+from ..kernels.contracts_products import LEAST_HALVED
 from . import arguments, schedules
-from .exact import amax
+from .exact import amax, exponents
 
 METHODS = ("auto", "standard", "gram", "svd")
 NORMALIZERS = ("auto", "frobenius", "schatten4", "spectral")
 # Cost of a symmetric product in units of a whole one, for method="auto": half the tiles, and what it takes to mirror
-# them; on CPUs as measured (kernels/cpu_products.py), whole ones below 768.
-SYMMETRIC = 0.55
-SYMMETRIC_CPU, LEAST_HALVED = 0.8, 768
+# them; on CPUs as measured, from LEAST_HALVED on.
+SYMMETRIC, SYMMETRIC_CPU = 0.55, 0.8
 GAIN = 0.95  # the Gram matrix is taken where it costs less than this share of the standard iteration
 SPECTRAL_TOL = 5e-3  # of the estimated norm; the margin by which it is raised is twice that
 SAFE = 2.0 ** -SAFE_EXPONENT[torch.float32], 2.0 ** SAFE_EXPONENT[torch.float32]
@@ -119,15 +119,12 @@ def short_first(x: Tensor) -> Tensor:
 def norms(stacks: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(N,) float64 powers of two that bring every matrix into a safe window, and largest entries, NaN and inf kept."""
     largest = torch.cat([amax(x) for x in stacks])
-    if dtype != torch.float16 and bool_on_host((largest > SAFE[0]) & (largest < SAFE[1])):
+    if dtype == torch.float16:  # its own window is narrow: always to amax near 1
+        return torch.ldexp(torch.ones_like(largest), exponents(largest).clamp(-126, 126)), largest
+    if bool_on_host((largest > SAFE[0]) & (largest < SAFE[1])):
         return torch.ones_like(largest), largest  # the usual case, without the small operations below
     wide = dtype == stacks[0].dtype == torch.float64  # norms are summed in acc of the stacks
-    scale = safe_scale(largest, torch.float64 if wide else torch.float32)
-    if dtype == torch.float16:  # its own window is narrow: always to amax near 1
-        usable = torch.isfinite(largest) & (largest > 0)
-        exponent = torch.frexp(torch.where(usable, largest, 1)).exponent.clamp(-126, 126)
-        scale = torch.where(usable, torch.ldexp(torch.ones_like(largest), -exponent), scale)
-    return scale, largest
+    return safe_scale(largest, torch.float64 if wide else torch.float32), largest
 
 
 def frobenius(x: Tensor, scale: Tensor) -> Tensor:
@@ -182,15 +179,12 @@ def iterate(
     used = factor.clone()
     for (gram, restarts, dtype, _), members in groups.items():
         words = registry.words(X[0].device.type, dtype, 1)
-        picked = [
-            torch.cat([t[rows[j]] for j in members]) if len(members) < len(X) else t
+        own, *options = (
+            t if t is None or len(members) == len(X) else torch.cat([t[rows[j]] for j in members])
             for t in (factor, size, decay, skip)
-            if t is not None
-        ]
-        rest = iter(picked[1:])
-        options = [None if t is None else next(rest) for t in (size, decay, skip)]
+        )
         found, mine = words.newton_schulz(
-            [X[j] for j in members] if look is None else look(members), picked[0],
+            [X[j] for j in members] if look is None else look(members), own,
             made.schatten4, made.coefficients, gram, list(restarts), dtype,
             [P[j] for j in members] if P else [], *options,
         )  # fmt: skip

@@ -47,11 +47,9 @@ def check_options(
     if not 0.0 <= float(momentum) < 1.0:
         raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
     check_choice("direction", direction, DIRECTIONS)
-    for name, value in (("rule", rule), ("retract", retract)):
-        if isinstance(value, str):
-            check_choice(name, value, scaling.RULES)
-        elif value is not None or name == "rule":
-            arguments.check_number(name, value, 0.0, above=True)
+    check_target("rule", rule)
+    if retract is not None:
+        check_target("retract", retract)
     if safety is not None:
         check_choice("safety", safety, SAFETY)
     check_choice("nonfinite", nonfinite, NONFINITE)
@@ -62,6 +60,14 @@ def check_options(
         arguments.check_int("block", block, 2 if rank is None else max(2, rank), MOST_COLUMNS)
     if momentum_dtype is not None and momentum_dtype not in arguments.FLOATS:
         raise ValueError(f"momentum_dtype must be a float dtype, not {momentum_dtype}")
+
+
+def check_target(name: str, value: Any) -> None:
+    """A rule of shapes by name, or a number above 0."""
+    if isinstance(value, str):
+        check_choice(name, value, scaling.RULES)
+    else:
+        arguments.check_number(name, value, 0.0, above=True)
 
 
 def _check_clip(direction: str, rank: Any, threshold: Any, safety: Any) -> None:

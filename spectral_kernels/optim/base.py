@@ -172,7 +172,10 @@ class Stepper(Optimizer):
             retract_([r[:4] for r in retracted if r[4] == seed], seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but nothing is loaded where a shape differs, and the state keeps its dtypes bit for bit."""
+        """As torch's, but nothing is loaded where a shape differs, and the state keeps its dtypes bit for bit.
+
+        What decides which state there is (direction, rank, block, ...; Muon: algorithm, ...) stays as it was built.
+        """
         final: dict[str, Any] = {}
         own: list[dict[str, Any]] = []
 

@@ -19,7 +19,7 @@ from ..ops.layout import Layout
 from ..ops.newton_schulz import Recipe, plain
 from ..ops.schedules import checked
 from ..ops.state import Options
-from ..ops.step import NONFINITE, check_gradient, check_rate, guard
+from ..ops.step import NONFINITE, check_gradient, check_rate, check_target, guard
 from .base import Stepper, count, name_of, total
 
 ALGORITHMS = ("muon", "adamw")
@@ -115,8 +115,6 @@ class Muon(Stepper):
                 )
 
     def _check(self, group: dict[str, Any]) -> None:
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
         for name, words in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
             value = group[name]
             if not isinstance(value, numbers.Real | Tensor):
@@ -133,10 +131,7 @@ class Muon(Stepper):
         arguments.check_choice("momentum_kind", group["momentum_kind"], MOMENTA)
         arguments.check_choice("nonfinite", group["nonfinite"], NONFINITE)
         if group["retract"] is not None:
-            if isinstance(group["retract"], str):
-                arguments.check_choice("retract", group["retract"], scaling.RULES)
-            else:
-                arguments.check_number("retract", group["retract"], 0.0, above=True)
+            check_target("retract", group["retract"])
         if "betas" in group:
             _check_betas(group["betas"])
         arguments.check_number("adamw_eps", group["adamw_eps"], 0.0)
@@ -149,9 +144,7 @@ class Muon(Stepper):
         )  # fmt: skip
 
     def layout_of(self, group: dict[str, Any], p: Tensor) -> Layout:
-        if group["algorithm"] != "muon":
-            return Layout("vector")
-        if p.ndim < 2:
+        if group["algorithm"] != "muon" or p.ndim < 2:
             return Layout("vector")
         kind, flatten, split = "matrix" if p.ndim < 4 else "conv", group["flatten"], group["split_sizes"]
         flat = p.ndim > 2 and (flatten if flatten is not None else kind == "conv")

@@ -20,6 +20,8 @@ from .description import Description, Row, Skipped
 from .groups import ParamGroups
 from .roles import role_of
 
+_DIRECTION = ("direction", "rank", "threshold", "schedule")
+
 
 class SpectralOptimizer(Stepper):
     """delta W = -lr rule(fan_out, fan_in) M / ||M||_2, M <- momentum M + G, for every matrix of a model.
@@ -41,7 +43,7 @@ class SpectralOptimizer(Stepper):
     """
 
     _kept = (*Stepper._kept, "momentum_dtype", "_described", "_names", "_beyond")
-    _followed = ("direction", "rank", "threshold", "schedule", "block", "safety")
+    _followed = (*_DIRECTION, "block", "safety")  # blocks of a checkpoint with another width are started anew
 
     def __init__(
         self,
@@ -120,14 +122,6 @@ class SpectralOptimizer(Stepper):
             for part in outcome.parts:
                 count(self._beyond, part.info[:, INFO["beyond"]].sum().long())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but nothing is loaded where a shape differs, and the state keeps its dtypes bit for bit.
-
-        direction, rank, threshold, schedule, block and safety stay what this optimizer was built with: blocks of a
-        checkpoint with another width are started anew.
-        """
-        super().load_state_dict(state_dict)
-
     @property
     def beyond(self) -> Tensor:
         """() int64 on the device: updates of a matrix so far whose threshold was exceeded by more values than its block
@@ -169,7 +163,6 @@ class SpectralOptimizer(Stepper):
         return description
 
 
-_DIRECTION = ("direction", "rank", "threshold", "schedule")
 _ROLE = ("kind", "transposed", "groups", "num_heads")
 
 
