@@ -17,7 +17,7 @@ from .kernels.contracts import acc_dtype
 from .ops import arguments
 from .ops.norm import spectral_norm
 from .ops.rescale import spectral_norm_
-from .optim.description import Skipped, shape_text, text_table
+from .optim.description import Rows, Skipped, shape_text, text_table
 from .optim.modules import Named, named_roles
 from .optim.roles import matrices
 
@@ -99,18 +99,12 @@ class Initialized:
     layer: str = ""
 
 
-class InitReport:
+class InitReport(Rows[Initialized]):
     """What init_model_ did: rows of what was set, and what was left as it was; prints as a table."""
 
     def __init__(self, rows: Iterable[Initialized], left: Iterable[Skipped]) -> None:
-        self.rows = list(rows)
+        super().__init__(rows)
         self.left = list(left)
-
-    def __iter__(self) -> Iterator[Initialized]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __str__(self) -> str:
         columns: tuple[str, ...] = ("parameter", "shape", "kind", ">target", ">norm before", ">norm after")

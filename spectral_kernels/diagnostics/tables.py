@@ -5,31 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from ..optim.description import text_table
-
-Row = TypeVar("Row")
+from ..optim.description import NamedRow, Rows, text_table
 
 
-class Table(Generic[Row]):
-    """Rows (dataclasses with a `name`) in order; table[name] is the first of that name."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = list(rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, name: str) -> Row:
-        for row in self.rows:
-            if row.name == name:  # type: ignore[attr-defined]
-                return row
-        raise KeyError(name)
+class Table(Rows[NamedRow]):
+    """Rows that are dataclasses."""
 
     def to_dict(self) -> dict[str, Any]:
         """{"rows": [{field: value}]}: numbers, strings, lists and None alone, so that any format can hold it."""

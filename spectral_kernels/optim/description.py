@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from .roles import BY_SHAPE, Role
 
@@ -28,24 +29,34 @@ class Skipped:
     reason: str
 
 
-class Description:
-    """Rows of parameters, and what was left out; prints as a table, iterates over its rows."""
+NamedRow = TypeVar("NamedRow")
 
-    def __init__(self, rows: Iterable[Row], skipped: Iterable[Skipped] = ()) -> None:
+
+class Rows(Generic[NamedRow]):
+    """Rows with a `name`, in order; rows[name] is the first of that name."""
+
+    def __init__(self, rows: Iterable[NamedRow]) -> None:
         self.rows = list(rows)
-        self.skipped = list(skipped)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[NamedRow]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> NamedRow:
         for row in self.rows:
-            if row.name == name:
+            if row.name == name:  # type: ignore[attr-defined]
                 return row
         raise KeyError(name)
+
+
+class Description(Rows[Row]):
+    """Rows of parameters, and what was left out; prints as a table, iterates over its rows."""
+
+    def __init__(self, rows: Iterable[Row], skipped: Iterable[Skipped] = ()) -> None:
+        super().__init__(rows)
+        self.skipped = list(skipped)
 
     @property
     def by_shape(self) -> list[str]:

@@ -27,13 +27,7 @@ RESULT = ROOT / "benchmarks" / "results" / "dial.json"
 CASE = dial.Case(32, 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Trainings whose losses are compared run on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- the grid
